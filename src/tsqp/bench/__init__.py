@@ -1,0 +1,1 @@
+"""Measures TSQP against its baselines."""

@@ -1,0 +1,25 @@
+"""The command line. One module per command; each imports torch only after the OpenMP policy is set."""
+
+from __future__ import annotations
+
+import typer
+
+from tsqp.cli.bench import bench
+from tsqp.cli.doctor import doctor
+from tsqp.cli.prefill import prefill
+from tsqp.cli.worker import worker
+
+app = typer.Typer(
+    name="tsqp",
+    help="Confidential inference for LLaMA-family models: a trusted enclave, an untrusted worker.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (worker, prefill, bench, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

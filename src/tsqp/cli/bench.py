@@ -1,0 +1,5 @@
+"""``tsqp bench``."""
+
+
+def bench() -> None:
+    """X"""

@@ -1,0 +1,5 @@
+"""``tsqp doctor``."""
+
+
+def doctor() -> None:
+    """X"""

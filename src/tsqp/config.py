@@ -1,0 +1,167 @@
+"""Settings, parsed once at the edge of a process: flags over environment over file over defaults.
+
+The published variables (``LLAMA_*``) keep their names and defaults; ours are ``TSQP_*``. A settings file is TOML,
+named by ``TSQP_CONFIG``, with one table per role (``[worker]``, ``[enclave]``). Unknown keys and unparsable values
+raise. docs/configuration.md lists every setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tsqp.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DTYPES = ("float32", "float16", "bfloat16")
+LEVELS = ("open", "local", "monolithic")
+DEFAULT_PORT = 50051
+
+# Read where they are used, before any settings object exists.
+_OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE"})
+
+
+def _setting(default: Any, env: str, choices: tuple[str, ...] | None = None, minimum: float | None = None) -> Any:  # noqa: ANN401
+    """Declare a field: its default, the variable that sets it, and what it may be."""
+    return field(default=default, metadata={"env": env, "choices": choices, "minimum": minimum})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """Settings of a worker process.
+
+    ``device`` None means ``cuda:0`` where there is one, else the CPU, and says so; a device the user names must
+    exist. ``listen`` empty means ``tcp://127.0.0.1:<port>``.
+    """
+
+    SECTION: typing.ClassVar[str] = "worker"
+
+    model: str = _setting("smollm2", "LLAMA_MODEL_PATH")
+    device: str | None = _setting(None, "LLAMA_GPU_DEVICE")
+    port: int = _setting(DEFAULT_PORT, "LLAMA_GPU_PORT", minimum=1)
+    dtype: str = _setting("float32", "LLAMA_DTYPE", choices=DTYPES)
+    listen: tuple[str, ...] = _setting((), "TSQP_LISTEN")
+    threads: int | None = _setting(None, "TSQP_THREADS", minimum=1)
+    max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", minimum=1 << 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnclaveConfig:
+    """Settings of an enclave process. ``worker`` None means: start one on this machine for the run."""
+
+    SECTION: typing.ClassVar[str] = "enclave"
+
+    model: str = _setting("smollm2", "LLAMA_MODEL_PATH")
+    worker: str | None = _setting(None, "LLAMA_GPU_ENDPOINT")
+    dtype: str = _setting("float32", "LLAMA_DTYPE", choices=DTYPES)
+    level: str = _setting("open", "TSQP_LEVEL", choices=LEVELS)
+    threads: int | None = _setting(None, "TSQP_THREADS", minimum=1)
+    connect_timeout_s: float = _setting(5.0, "TSQP_CONNECT_TIMEOUT_S", minimum=0.01)
+    request_timeout_s: float = _setting(120.0, "TSQP_REQUEST_TIMEOUT_S", minimum=0.01)
+    max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", minimum=1 << 16)
+
+
+Config = TypeVar("Config", WorkerConfig, EnclaveConfig)
+
+
+def load(
+    kind: type[Config],
+    flags: Mapping[str, object] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Config:
+    """Build a settings object.
+
+    Args:
+        kind: WorkerConfig or EnclaveConfig.
+        flags: values from the command line by field name; None values count as not given.
+        env: the environment; the process's own by default.
+
+    Raises:
+        ConfigError: an unknown key or variable, or a value of the wrong type or out of range.
+    """
+    env = os.environ if env is None else env
+    _refuse_unknown_variables(env)
+    values = _from_file(kind, env)
+    for entry in dataclasses.fields(kind):
+        name = entry.metadata["env"]
+        if name in env:
+            values[entry.name] = _parse(kind, entry, env[name], f"environment variable {name}")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            values[key] = value
+    config = kind(**values)
+    for entry in dataclasses.fields(kind):
+        _check(entry, getattr(config, entry.name))
+    return config
+
+
+def _refuse_unknown_variables(env: Mapping[str, str]) -> None:
+    known = {entry.metadata["env"] for kind in (WorkerConfig, EnclaveConfig) for entry in dataclasses.fields(kind)}
+    for name in env:
+        if name.startswith("TSQP_") and name not in known | _OTHER_VARIABLES:
+            raise ConfigError(
+                f"environment variable {name} is not a TSQP setting. "
+                f"Known: {', '.join(sorted(known | _OTHER_VARIABLES))}."
+            )
+
+
+def _from_file(kind: type[Config], env: Mapping[str, str]) -> dict[str, Any]:
+    name = env.get("TSQP_CONFIG")
+    if not name:
+        return {}
+    try:
+        with Path(name).open("rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"TSQP_CONFIG={name}: cannot read it ({error.strerror}).") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"TSQP_CONFIG={name}: not valid TOML ({error}).") from error
+    sections = {WorkerConfig.SECTION, EnclaveConfig.SECTION}
+    if unknown := set(document) - sections:
+        raise ConfigError(f"{name}: unknown table [{min(unknown)}]; known: {', '.join(sorted(sections))}.")
+    entries = {entry.name: entry for entry in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in document.get(kind.SECTION, {}).items():
+        if key not in entries:
+            raise ConfigError(f"{name}: unknown key {key!r} in [{kind.SECTION}]; known: {', '.join(sorted(entries))}.")
+        values[key] = _parse(kind, entries[key], value, f"{name}, [{kind.SECTION}] {key}")
+    return values
+
+
+def _parse(kind: type[Config], entry: dataclasses.Field[Any], value: object, origin: str) -> object:
+    """Turn a string or a TOML value into the field's type."""
+    target = typing.get_type_hints(kind)[entry.name]
+    if isinstance(target, types.UnionType):
+        target = next(option for option in typing.get_args(target) if option is not type(None))
+    if typing.get_origin(target) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return tuple(item.strip() for item in items if item.strip())
+    elif target is str and isinstance(value, str) and value:
+        return value
+    elif target in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            return target(value)
+        except ValueError:
+            pass
+    wanted = "a list of strings" if typing.get_origin(target) is tuple else target.__name__
+    raise ConfigError(f"{origin}: expected {wanted}, got {value!r}.")
+
+
+def _check(entry: dataclasses.Field[Any], value: Any) -> None:  # noqa: ANN401
+    choices, minimum = entry.metadata["choices"], entry.metadata["minimum"]
+    if choices and value not in choices:
+        raise ConfigError(f"unknown {entry.name} {value!r}: expected one of {', '.join(choices)}.")
+    if minimum is not None and value is not None and value < minimum:
+        raise ConfigError(f"{entry.name} {value!r}: expected at least {minimum}.")

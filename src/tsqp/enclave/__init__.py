@@ -1,0 +1,1 @@
+"""The trusted side: prompt, tokens, KV cache and secrets stay in this process."""

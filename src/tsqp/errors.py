@@ -1,0 +1,72 @@
+"""Every error TSQP raises on purpose, grouped by what the operator must do about it.
+
+Messages are sentences for people: what was expected, what came, what to do. They never carry a tensor value.
+"""
+
+from __future__ import annotations
+
+
+class TsqpError(Exception):
+    """Root of all errors raised on purpose. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class SetupError(TsqpError):
+    """Something on this machine must be put right before trying again."""
+
+    exit_code = 3
+
+
+class ConfigError(SetupError):
+    """A setting is unknown, unparsable or out of range."""
+
+
+class WeightsError(SetupError):
+    """A model is missing, incomplete or malformed."""
+
+
+class UnsupportedModelError(SetupError):
+    """A model is well-formed but of a kind TSQP does not run."""
+
+
+class DeviceMemoryError(SetupError):
+    """The device that computes has no memory left for the request."""
+
+
+class InputError(SetupError):
+    """A prompt or a shape does not fit the model."""
+
+
+class ModelMismatchError(SetupError):
+    """A worker serves another model, or in another dtype, than this process expects."""
+
+
+class TransportError(TsqpError):
+    """The link to a peer failed; trying again may succeed."""
+
+    exit_code = 4
+
+
+class TransportTimeoutError(TransportError):
+    """A peer did not answer within the stated time."""
+
+
+class TransportClosedError(TransportError):
+    """A peer that had answered is gone."""
+
+
+class HostileError(TsqpError):
+    """A peer sent something it must not send: stop using it."""
+
+    exit_code = 5
+
+
+class ProtocolError(HostileError):
+    """Bytes from a peer are not a valid message of this protocol."""
+
+
+class InternalError(TsqpError):
+    """A bug of ours."""
+
+    exit_code = 70

@@ -1,0 +1,1 @@
+"""The LLaMA model: architecture, weights and the forward pass, written against ``LinearOps``."""

@@ -1,0 +1,185 @@
+"""The Linear and Embedding modules of a model on one device: what a worker computes, and `local` in its stead.
+
+On CPUs the product goes to oneDNN directly. PyTorch's own ``linear`` takes MKL there, whose float32 kernels are 2.5
+times slower on the AMD processors this was measured on (benchmarks/results); both are plain IEEE float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tsqp.errors import DeviceMemoryError, InputError
+from tsqp.model.architecture import EMBEDDING_MODULE, LinearGroup, LlamaConfig, linear_groups, weight_shapes
+from tsqp.model.weights import Checkpoint
+
+
+@contextmanager
+def memory_errors(operation: str, device: torch.device) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into ``DeviceMemoryError``, which says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        advice = "shorten the prompt, lower --batch, use --dtype bfloat16, or free memory on it"
+        raise DeviceMemoryError(f"{device} is out of memory during {operation}: {advice}.") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@functools.cache
+def onednn_computes(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN's linear is there and right for this dtype on this CPU; if not, torch's own is used.
+
+    It only decides speed: both compute the same product.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x_MK = torch.randn(5, 64, generator=generator).to(dtype)
+    w_NK = torch.randn(48, 64, generator=generator).to(dtype)
+    try:
+        ours, theirs = _onednn_linear(x_MK, w_NK, None), functional.linear(x_MK, w_NK)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(
+        ours.float(), theirs.float(), rtol=16 * torch.finfo(dtype).eps, atol=64 * torch.finfo(dtype).eps
+    )
+
+
+def _onednn_linear(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    y_MN: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, w_NK, bias_N, "none", [], "")  # noqa: SLF001
+    return y_MN
+
+
+def product(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Return x W^T + b, shape (M, N), in the dtype both operands share."""
+    if x_MK.device.type == "cpu" and onednn_computes(x_MK.dtype):
+        return _onednn_linear(x_MK, w_NK, bias_N)
+    return functional.linear(x_MK, w_NK, bias_N)
+
+
+class Linears:
+    """Embedding table and stacked group weights of one model, in one dtype on one device.
+
+    A tied head shares the embedding table's memory.
+
+    Args:
+        config: the model's architecture.
+        checkpoint: its weights.
+        dtype: float32, float16 or bfloat16.
+        device: where products are computed.
+        on_progress: called with the fraction loaded.
+
+    Raises:
+        WeightsError: a tensor is missing or has another shape.
+        DeviceMemoryError: the device cannot hold the weights.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        checkpoint.require(weight_shapes(config))
+        self.config, self.dtype, self.device = config, dtype, device
+        self.groups = {group.name: group for group in linear_groups(config)}
+        self._weights: dict[str, Tensor] = {}
+        self._biases: dict[str, Tensor] = {}
+        with memory_errors("loading", device), torch.inference_mode():
+            self._embedding_VD = self._empty(config.vocab_size, config.hidden_size)
+            checkpoint.read_into(f"{EMBEDDING_MODULE}.weight", self._embedding_VD)
+            for done, group in enumerate(self.groups.values()):
+                self._load(group, checkpoint)
+                if on_progress:
+                    on_progress((done + 1) / len(self.groups))
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _load(self, group: LinearGroup, checkpoint: Checkpoint) -> None:
+        if group.name == "head" and self.config.tied_head:
+            self._weights[group.name] = self._embedding_VD
+            return
+        weight_NK = self._weights[group.name] = self._empty(group.rows, group.in_features)
+        for member, part in zip(group.members, weight_NK.split(group.out_features), strict=True):
+            checkpoint.read_into(f"{member}.weight", part)
+        if group.bias:
+            bias_N = self._biases[group.name] = self._empty(group.rows)
+            for member, part in zip(group.members, bias_N.split(group.out_features), strict=True):
+                checkpoint.read_into(f"{member}.bias", part)
+
+    @torch.inference_mode()
+    def linear(self, name: str, x_MK: Tensor, member: int | None = None) -> Tensor:
+        """Multiply by one group, or by one of its members.
+
+        Args:
+            name: a group of ``self.groups``.
+            x_MK: shape (M, K), any float dtype and device; cast to the weights' own.
+            member: index of the only member to compute.
+
+        Returns:
+            Shape (M, N) in the weights' dtype, on this device.
+
+        Raises:
+            InputError: no such group, or x has another shape.
+            DeviceMemoryError: the device has no room for the product.
+        """
+        group = self.groups.get(name)
+        if group is None:
+            raise InputError(f"no linear group is named {name!r}.")
+        if x_MK.ndim != 2 or x_MK.shape[1] != group.in_features or not x_MK.is_floating_point():  # noqa: PLR2004
+            raise InputError(
+                f"linear {name} expects floats of shape [M, {group.in_features}], got {x_MK.dtype} {list(x_MK.shape)}."
+            )
+        w_NK, bias_N = self._weights[name], self._biases.get(name)
+        if member is not None:
+            w_NK = w_NK.split(group.out_features)[member]
+            bias_N = None if bias_N is None else bias_N.split(group.out_features)[member]
+        with memory_errors(f"linear {name}", self.device):
+            return product(x_MK.to(self.device, self.dtype), w_NK, bias_N)
+
+    @torch.inference_mode()
+    def embedding(self, ids_M: Tensor) -> Tensor:
+        """Look up rows of the embedding table.
+
+        Args:
+            ids_M: int64 token ids, shape (M,).
+
+        Returns:
+            Shape (M, D) in the weights' dtype, on this device.
+
+        Raises:
+            InputError: not int64, not one-dimensional, or an id outside the vocabulary.
+        """
+        if ids_M.ndim != 1 or ids_M.dtype != torch.int64:
+            raise InputError(f"embedding expects int64 ids of shape [M], got {ids_M.dtype} {list(ids_M.shape)}.")
+        if ids_M.numel() and not 0 <= int(ids_M.min()) <= int(ids_M.max()) < self.config.vocab_size:
+            raise InputError(f"embedding got a token id outside the vocabulary of {self.config.vocab_size}.")
+        with memory_errors("embedding", self.device):
+            return self._embedding_VD[ids_M.to(self.device)]
+
+    @torch.inference_mode()
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply two activations, shapes (..., M, K) and (..., K, N), in their own dtype on this device.
+
+        Raises:
+            InputError: the shapes or dtypes do not go together.
+        """
+        if not (a.ndim == b.ndim >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]):  # noqa: PLR2004
+            raise InputError(f"matmul of shapes {list(a.shape)} and {list(b.shape)}: inner sizes must agree.")
+        if a.dtype != b.dtype or not a.is_floating_point():
+            raise InputError(f"matmul of {a.dtype} and {b.dtype}: both must be of one float dtype.")
+        with memory_errors("matmul", self.device):
+            return torch.matmul(a.to(self.device), b.to(self.device))

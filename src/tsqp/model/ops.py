@@ -1,0 +1,66 @@
+"""The seam between the model and whoever computes its large products."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tsqp.model.architecture import norm_shapes
+from tsqp.model.linears import Linears
+from tsqp.model.weights import Checkpoint
+
+
+class LinearOps(Protocol):
+    """What the forward pass asks for. Inputs and outputs are float32 on the CPU, whatever happens between."""
+
+    def embedding(self, ids_M: Tensor) -> Tensor:
+        """Look up int64 token ids of shape (M,); return (M, D)."""
+
+    def linear(self, group: str, x_MK: Tensor) -> Tensor:
+        """Multiply (M, K) by the stacked weights of a group (``architecture.linear_groups``); return a fresh (M, N)."""
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply activations (..., M, K) and (..., K, N)."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the non-linear parameters by checkpoint name, float32."""
+
+
+class LocalOps:
+    """Computes everything in this process: the baseline that the split is compared with.
+
+    Args:
+        linears: the model's weights on the CPU.
+        state: the non-linear parameters.
+    """
+
+    def __init__(self, linears: Linears, state: dict[str, Tensor]) -> None:
+        self._linears = linears
+        self._state = state
+
+    def embedding(self, ids_M: Tensor) -> Tensor:
+        """See ``LinearOps.embedding``."""
+        return self._linears.embedding(ids_M).float()
+
+    def linear(self, group: str, x_MK: Tensor) -> Tensor:
+        """See ``LinearOps.linear``."""
+        return self._linears.linear(group, x_MK).float()
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """See ``LinearOps.matmul``."""
+        return self._linears.matmul(a, b)
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``LinearOps.state``."""
+        return self._state
+
+
+def read_state(linears: Linears, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Read the non-linear parameters (norm weights) of a model, float32 on the CPU."""
+    state = {}
+    for name, shape in norm_shapes(linears.config).items():
+        state[name] = torch.empty(shape)
+        checkpoint.read_into(name, state[name])
+    return state

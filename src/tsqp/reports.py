@@ -1,0 +1,149 @@
+"""What every command prints with ``--json``: one object of a documented type (docs/json-schema.json)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+
+class WorkerReady(Struct, frozen=True, kw_only=True):
+    """``tsqp worker``: printed once, when the worker answers requests."""
+
+    model: str
+    model_digest: str
+    device: str
+    dtype: str
+    threads: int
+    modules: int
+    endpoints: list[str]
+    protocol: int
+
+
+class PrefillReport(Struct, frozen=True, kw_only=True):
+    """``tsqp prefill``. Times in seconds, sizes in bytes; the three parts and the counts are the median run's.
+
+    ``enclave_s + worker_s + wire_s`` is that run's time; ``wire_s`` is the time spent waiting for the worker less the
+    worker's own account of its work. ``next_tokens`` has one id per sequence, ``next_text`` is the first one's text
+    (null where the model has no tokenizer).
+    """
+
+    model: str
+    level: str
+    tokens: int
+    batch: int
+    dtype: str
+    threads: int
+    repeats: int
+    prefill_s: float
+    prefill_s_all: list[float]
+    tokens_per_s: float
+    round_trips: int
+    bytes_sent: int
+    bytes_received: int
+    enclave_s: float
+    worker_s: float
+    wire_s: float
+    next_tokens: list[int]
+    next_text: str | None
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    """One line of ``tsqp doctor``. ``advice`` says what to do where the status is not ``ok``."""
+
+    name: str
+    status: Literal["ok", "note", "fail"]
+    found: str
+    advice: str = ""
+
+
+class DoctorReport(Struct, frozen=True, kw_only=True):
+    """``tsqp doctor``. ``ok`` is false when a check failed; the exit code is then 3."""
+
+    ok: bool
+    checks: list[Check]
+
+
+class Variant(Struct, frozen=True, kw_only=True):
+    """One measured variant of ``tsqp bench``. Times in seconds; ``settings`` says how it was run."""
+
+    name: str
+    settings: str
+    median_s: float
+    p95_s: float
+    all_s: list[float]
+    bytes_per_token: float
+    round_trips: int
+    enclave_s: float
+    worker_s: float
+    wire_s: float
+
+
+class Ratio(Struct, frozen=True, kw_only=True):
+    """One ratio of ``tsqp bench``, with its limit where there is one; ``ok`` is null where there is none."""
+
+    name: str
+    value: float
+    limit: str
+    ok: bool | None
+
+
+class Hardware(Struct, frozen=True, kw_only=True):
+    """The machine a benchmark ran on."""
+
+    cpu: str
+    cores: int
+    memory_gb: float
+    torch: str
+    python: str
+
+
+class BenchReport(Struct, frozen=True, kw_only=True):
+    """``tsqp bench``: variants measured in turns within one run, and the ratios between their medians."""
+
+    date: str
+    commit: str
+    command: str
+    hardware: Hardware
+    model: str
+    tokens: int
+    dtype: str
+    threads: int
+    warm_up: int
+    rounds: int
+    variants: list[Variant]
+    ratios: list[Ratio]
+
+
+class ErrorDetail(Struct, frozen=True, kw_only=True):
+    """What went wrong: the error's type, its sentence, and the exit code."""
+
+    type: str
+    message: str
+    exit_code: int
+
+
+class ErrorReport(Struct, frozen=True, kw_only=True):
+    """Any command that fails, instead of its own object."""
+
+    error: ErrorDetail
+
+
+REPORTS = (WorkerReady, PrefillReport, DoctorReport, BenchReport, ErrorReport)
+
+
+def dumps(report: Struct) -> str:
+    """Return a report as one line of JSON."""
+    return msgspec.json.encode(report).decode()
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of all reports."""
+    _, components = msgspec.json.schema_components(REPORTS, ref_template="#/$defs/{name}")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": components}
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))  # noqa: T201  `make schema` redirects it

@@ -1,0 +1,61 @@
+"""Endpoints as people write them, turned into the one form that sockets take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tsqp.errors import ConfigError
+
+SCHEMES = ("tcp", "ipc")
+_MAX_PORT = 65535
+# sun_path of a UNIX socket holds 108 bytes, one of them the terminator.
+_MAX_IPC_PATH = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One address: ``tcp`` with host and port, or ``ipc`` with a path."""
+
+    scheme: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @property
+    def url(self) -> str:
+        """The address for a socket. ``localhost`` is 127.0.0.1 here, since it does not resolve inside Gramine."""
+        if self.scheme == "ipc":
+            return f"ipc://{self.path}"
+        host = "127.0.0.1" if self.host == "localhost" else self.host
+        return f"tcp://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def __str__(self) -> str:
+        return self.url if self.scheme == "ipc" else f"{self.host}:{self.port}"
+
+
+def parse(text: str) -> Endpoint:
+    """Read an address: ``host:port`` (which means tcp), ``tcp://host:port`` or ``ipc:///path``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "tcp", text
+    if scheme == "ipc":
+        if not rest.startswith("/"):
+            raise ConfigError(f"endpoint {text!r}: ipc needs an absolute path, as in ipc:///run/user/1000/tsqp/worker.")
+        if len(rest.encode()) > _MAX_IPC_PATH:
+            raise ConfigError(
+                f"endpoint {text!r}: a socket path has at most {_MAX_IPC_PATH} bytes; use a shorter directory."
+            )
+        return Endpoint("ipc", path=rest)
+    if scheme != "tcp":
+        raise ConfigError(f"endpoint {text!r}: unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}.")
+    host, colon, port = rest.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) <= _MAX_PORT:
+        raise ConfigError(
+            f"endpoint {text!r}: expected host:port with a port from 1 to {_MAX_PORT}, as in localhost:50051."
+        )
+    return Endpoint("tcp", host=host, port=int(port))

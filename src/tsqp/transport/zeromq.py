@@ -1,0 +1,169 @@
+"""ZeroMQ transport: DEALER in the enclave, ROUTER in the worker, over ``tcp://`` and ``ipc://``.
+
+Large frames are neither copied when sent nor when received (pyzmq ``copy=False``).
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import socket as unix
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+import zmq.utils.monitor
+
+from tsqp.errors import SetupError, TransportClosedError, TransportTimeoutError
+from tsqp.transport.base import Buffer, Incoming
+from tsqp.transport.urls import Endpoint
+
+_WATCHED_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+
+
+class ZmqClient:
+    """An enclave's DEALER socket, connected to one worker.
+
+    Args:
+        endpoint: where the worker listens.
+        max_message_bytes: a larger frame from the worker ends the connection.
+    """
+
+    def __init__(self, endpoint: Endpoint, max_message_bytes: int) -> None:
+        self.peer = str(endpoint)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._monitor = self._socket.get_monitor_socket(_WATCHED_EVENTS)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._was_connected = False
+        try:
+            self._socket.connect(endpoint.url)
+        except zmq.ZMQError as error:
+            self.close()
+            raise SetupError(f"cannot connect to {self.peer}: {error}.") from error
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        """Queue one message without copying large frames."""
+        self._socket.send_multipart(frames, copy=False)
+
+    def receive(self, timeout_s: float) -> list[Buffer]:
+        """Wait for one message; see ``ClientTransport.receive``."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ready = dict(self._poller.poll(math.ceil(max(0.0, deadline - time.monotonic()) * 1000)))
+            if self._socket in ready:
+                return [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
+            if self._monitor in ready:
+                self._read_event()
+            elif time.monotonic() >= deadline:
+                raise TransportTimeoutError(f"{self.peer} did not answer within {timeout_s:g} s.")
+
+    def _read_event(self) -> None:
+        event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._was_connected = True
+        elif self._was_connected and event == zmq.EVENT_DISCONNECTED and not self._socket.poll(0):
+            raise TransportClosedError(f"the worker at {self.peer} closed the connection or died.")
+
+    def close(self) -> None:
+        """Close the sockets and the context."""
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._socket.close(linger=0)
+        self._context.term()
+
+
+class ZmqServer:
+    """A worker's ROUTER socket, bound to one or more endpoints.
+
+    Args:
+        endpoints: where to listen.
+        max_message_bytes: a larger frame from a client ends that client's connection.
+        hangup_fd: a file descriptor to watch beside the socket, such as a pipe from the parent process; ``hung_up``
+            tells when it closes.
+
+    Raises:
+        SetupError: an address is in use or cannot be bound.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        max_message_bytes: int,
+        hangup_fd: int | None = None,
+    ) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._hangup_fd = hangup_fd
+        self.hung_up = False
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        if hangup_fd is not None:
+            self._poller.register(hangup_fd, zmq.POLLIN)
+        try:
+            for endpoint in endpoints:
+                _bind(self._socket, endpoint)
+        except SetupError:
+            self.close()
+            raise
+
+    def receive(self, timeout_s: float) -> Incoming | None:
+        """Wait for one message; see ``ServerTransport.receive``."""
+        ready = dict(self._poller.poll(math.ceil(timeout_s * 1000)))
+        if self._hangup_fd in ready:
+            self.hung_up = True
+        if self._socket not in ready:
+            return None
+        identity, *rest = self._socket.recv_multipart(copy=False)
+        frames = tuple(frame.buffer for frame in rest)
+        if frames and len(frames[0]) == 0:
+            return Incoming((identity.bytes, b""), frames[1:], legacy=True)
+        return Incoming((identity.bytes,), frames, legacy=False)
+
+    def send(self, route: tuple[bytes, ...], frames: Sequence[Buffer]) -> None:
+        """Queue a reply without copying large frames."""
+        self._socket.send_multipart([*route, *frames], copy=False)
+
+    def close(self) -> None:
+        """Close the socket and the context."""
+        if not self._socket.closed:
+            self._socket.close(linger=0)
+        self._context.term()
+
+
+def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
+    if endpoint.scheme == "ipc" and _someone_listens(endpoint.path):
+        raise SetupError(f"{endpoint} is already in use by another process. Stop it or listen elsewhere (--listen).")
+    mask = os.umask(0o077)
+    try:
+        socket.bind(endpoint.url)
+    except zmq.ZMQError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SetupError(
+                f"port {endpoint.port} is already in use on {endpoint.host}. "
+                "Stop the process that listens there, or choose another port (--listen, LLAMA_GPU_PORT)."
+            ) from error
+        raise SetupError(f"cannot listen on {endpoint}: {error}.") from error
+    finally:
+        os.umask(mask)
+
+
+def _someone_listens(path: str) -> bool:
+    """Tell whether a live process answers on a UNIX socket; ZeroMQ would silently take its place."""
+    if not Path(path).exists():
+        return False
+    with unix.socket(unix.AF_UNIX, unix.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True

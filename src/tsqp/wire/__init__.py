@@ -1,0 +1,1 @@
+"""What crosses the trust boundary: message types, their encoding, and the first published protocol."""

@@ -1,0 +1,233 @@
+"""Bytes to messages and back, with every bound checked before anything is allocated or believed.
+
+Any byte string yields a message or ``ProtocolError``. A tensor that a worker sent becomes a ``Claim``: it has the
+shape and dtype that were expected, and nothing is known yet about its values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from tsqp.errors import ProtocolError
+from tsqp.wire import messages
+from tsqp.wire.messages import AnyReply, AnyRequest, Envelope, TensorSpec
+
+MAX_REQUEST_HEADER_BYTES = 4096
+MAX_REPLY_HEADER_BYTES = 1 << 22
+MAX_REQUEST_TENSORS = 2
+
+Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+_envelope = msgspec.msgpack.Decoder(Envelope)
+_request = msgspec.msgpack.Decoder(AnyRequest)
+_reply = msgspec.msgpack.Decoder(AnyReply)
+
+
+class VersionError(ProtocolError):
+    """A peer speaks another version of the protocol; ``request_id`` lets the worker say so in its reply."""
+
+    def __init__(self, theirs: int, request_id: int, peer: str) -> None:
+        ours = messages.PROTOCOL_VERSION
+        older = peer if theirs < ours else "this side"
+        super().__init__(
+            f"the {peer} speaks protocol version {theirs}, this side speaks {ours}: upgrade {_article(older)}."
+        )
+        self.theirs = theirs
+        self.request_id = request_id
+
+
+def _article(side: str) -> str:
+    return side if side == "this side" else f"the {side}"
+
+
+class Claim:
+    """A tensor as a worker sent it: right shape, right dtype, unknown values. It has no arithmetic.
+
+    Only verification turns a claim into a value. The level ``open`` has no verification; it takes the tensor with
+    ``unverified``, and that name is what a reviewer searches for.
+    """
+
+    __slots__ = ("_tensor", "source")
+
+    def __init__(self, tensor: Tensor, source: str) -> None:
+        self._tensor = tensor
+        self.source = source
+
+    def unverified(self) -> Tensor:
+        """Return the tensor without any check of its values."""
+        return self._tensor
+
+    def __repr__(self) -> str:
+        return f"Claim({self.source}, shape={tuple(self._tensor.shape)}, values not shown)"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFrames:
+    """A decoded request and the tensor frames beside it, already checked against their specs."""
+
+    header: AnyRequest
+    tensors: tuple[Tensor, ...]
+
+
+def dtype_name(dtype: torch.dtype) -> messages.DtypeName:
+    """Name a torch dtype as the wire does.
+
+    Raises:
+        ProtocolError: the wire has no such dtype.
+    """
+    name = _DTYPE_NAMES.get(dtype)
+    if name is None:
+        raise ProtocolError(f"dtype {dtype} does not travel; known: {', '.join(TORCH_DTYPES)}.")
+    return name  # type: ignore[return-value]  # keys of TORCH_DTYPES are DtypeName
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Describe a tensor for the header."""
+    return TensorSpec(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+
+
+def frame_of(tensor: Tensor) -> memoryview:
+    """Return a contiguous CPU tensor's bytes without copying them. The tensor must not change until it is sent."""
+    flat = tensor.contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def tensor_of(spec: TensorSpec, frame: Buffer) -> Tensor:
+    """View a frame's bytes as a tensor, without copying them.
+
+    Raises:
+        ProtocolError: the frame's size is not what the spec says.
+    """
+    dtype = TORCH_DTYPES[spec.dtype]
+    size = math.prod(spec.shape) * dtype.itemsize
+    if size != len(frame):
+        raise ProtocolError(
+            f"a tensor of {spec.dtype} {list(spec.shape)} takes {size} bytes, the frame has {len(frame)}."
+        )
+    if size == 0:
+        return torch.empty(spec.shape, dtype=dtype)
+    if isinstance(frame, bytes):
+        frame = bytearray(frame)
+    return torch.frombuffer(frame, dtype=dtype).view(spec.shape)
+
+
+def decode_request(frames: Sequence[Buffer]) -> RequestFrames:
+    """Decode one request.
+
+    Args:
+        frames: the header and its tensor frames.
+
+    Raises:
+        VersionError: the enclave speaks another version.
+        ProtocolError: anything else that is not a valid request.
+    """
+    if not frames:
+        raise ProtocolError("a request without a header.")
+    header_bytes = frames[0]
+    if len(header_bytes) > MAX_REQUEST_HEADER_BYTES:
+        raise ProtocolError(
+            f"request header of {len(header_bytes)} bytes; at most {MAX_REQUEST_HEADER_BYTES} are allowed."
+        )
+    if len(frames) - 1 > MAX_REQUEST_TENSORS:
+        raise ProtocolError(f"request with {len(frames) - 1} tensor frames; at most {MAX_REQUEST_TENSORS} are allowed.")
+    _check_version(header_bytes, "enclave")
+    header = _decode(_request, header_bytes, "request")
+    specs = _specs_in_request(header)
+    if len(specs) != len(frames) - 1:
+        raise ProtocolError(
+            f"request {type(header).__name__} needs {len(specs)} tensor frames, {len(frames) - 1} came."
+        )
+    return RequestFrames(header, tuple(map(tensor_of, specs, frames[1:])))
+
+
+def decode_reply(frames: Sequence[Buffer]) -> tuple[AnyReply, Sequence[Buffer]]:
+    """Decode a reply's header; its frames are checked by ``claim`` against what the request asked for.
+
+    Raises:
+        VersionError: the worker speaks another version.
+        ProtocolError: anything else that is not a valid reply.
+    """
+    if not frames:
+        raise ProtocolError("a reply without a header.")
+    if len(frames[0]) > MAX_REPLY_HEADER_BYTES:
+        raise ProtocolError(f"reply header of {len(frames[0])} bytes; at most {MAX_REPLY_HEADER_BYTES} are allowed.")
+    _check_version(frames[0], "worker")
+    reply = _decode(_reply, frames[0], "reply")
+    return reply, frames[1:]
+
+
+def claim(reply: messages.Result, frames: Sequence[Buffer], expect: TensorSpec, source: str) -> Claim:
+    """Accept the tensor of a result if it has exactly the expected dtype and shape.
+
+    Args:
+        reply: the decoded header.
+        frames: the frames after the header.
+        expect: dtype and shape that the request determines.
+        source: operation and peer, for messages.
+
+    Raises:
+        ProtocolError: another dtype, shape, frame count or size.
+    """
+    if len(frames) != 1:
+        raise ProtocolError(f"{source}: expected one tensor frame, {len(frames)} came.")
+    if reply.y != expect:
+        raise ProtocolError(
+            f"{source}: expected {expect.dtype} {list(expect.shape)}, got {reply.y.dtype} {list(reply.y.shape)}."
+        )
+    return Claim(tensor_of(reply.y, frames[0]), source)
+
+
+def state_tensors(reply: messages.StateResult, frames: Sequence[Buffer], source: str) -> dict[str, Tensor]:
+    """Turn a state reply into named tensors.
+
+    Raises:
+        ProtocolError: names, specs and frames do not match one to one.
+    """
+    if not len(reply.names) == len(reply.tensors) == len(frames):
+        raise ProtocolError(
+            f"{source}: {len(reply.names)} names, {len(reply.tensors)} specs and {len(frames)} frames do not match."
+        )
+    if len(set(reply.names)) != len(reply.names):
+        raise ProtocolError(f"{source}: a tensor name comes twice.")
+    return {name: tensor_of(spec, frame) for name, spec, frame in zip(reply.names, reply.tensors, frames, strict=True)}
+
+
+def _specs_in_request(header: AnyRequest) -> tuple[TensorSpec, ...]:
+    match header:
+        case messages.Linear(x=x):
+            return (x,)
+        case messages.Embedding(ids=ids):
+            return (ids,)
+        case messages.MatMul(a=a, b=b):
+            return (a, b)
+        case _:
+            return ()
+
+
+def _check_version(header: Buffer, peer: str) -> None:
+    envelope = _decode(_envelope, header, "header")
+    if envelope.v != messages.PROTOCOL_VERSION:
+        raise VersionError(envelope.v, envelope.id, peer)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: Buffer, what: str) -> T:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a valid {what}: {error}.") from error

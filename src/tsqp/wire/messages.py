@@ -1,0 +1,150 @@
+"""Messages between enclave and worker: one MessagePack header each; tensors travel as raw frames beside it.
+
+Every header is a map with the protocol version ``v``, the request id ``id`` and a tag (``op`` in requests, ``kind``
+in replies). Unknown fields are refused. docs/protocol.md describes each message.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 3
+
+MAX_NAME = 256
+MAX_RANK = 4
+MAX_DIMENSION = 1 << 31
+MAX_STATE_TENSORS = 4096
+
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+RequestId = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Dimension = Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
+DtypeName = Literal["float32", "float16", "bfloat16", "int64"]
+ErrorCode = Literal["protocol", "version", "shape", "unknown", "unsupported", "memory", "internal"]
+
+
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """Element type and shape of one tensor frame; the bytes are C-contiguous and little-endian."""
+
+    dtype: DtypeName
+    shape: Annotated[tuple[Dimension, ...], Meta(max_length=MAX_RANK)]
+
+
+class GroupSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """One linear group of a model: modules that share their input and are multiplied in one call."""
+
+    name: Name
+    members: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=16)]
+    in_features: Dimension
+    out_features: Annotated[tuple[Dimension, ...], Meta(min_length=1, max_length=16)]
+
+
+class Request(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="op"):
+    """What every request carries."""
+
+    id: RequestId
+    v: int = PROTOCOL_VERSION
+
+
+class Hello(Request, frozen=True, tag="hello"):
+    """Ask who the worker is. Answered with ``Welcome``."""
+
+    software: Name
+
+
+class Linear(Request, frozen=True, tag="linear"):
+    """Multiply the frame ``x`` of shape (M, K) by one group's weights. Answered with shape (M, N)."""
+
+    group: Name
+    x: TensorSpec
+
+
+class Embedding(Request, frozen=True, tag="embedding"):
+    """Look up the rows of the embedding table for the int64 frame ``ids`` of shape (M,). Answered with (M, D)."""
+
+    ids: TensorSpec
+    dtype: DtypeName
+
+
+class MatMul(Request, frozen=True, tag="matmul"):
+    """Multiply the frames ``a`` (..., M, K) and ``b`` (..., K, N), both activations. Answered with (..., M, N)."""
+
+    a: TensorSpec
+    b: TensorSpec
+
+
+class State(Request, frozen=True, tag="state"):
+    """Ask for the non-linear parameters (norm weights), float32. Served at ``open`` only."""
+
+
+class Stats(Request, frozen=True, tag="stats"):
+    """Ask for the worker's counters."""
+
+
+AnyRequest = Hello | Linear | Embedding | MatMul | State | Stats
+
+
+class Reply(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
+    """What every reply carries: the id of the request it answers."""
+
+    id: RequestId
+    v: int = PROTOCOL_VERSION
+
+
+class Welcome(Reply, frozen=True, tag="welcome"):
+    """Who the worker is and what it can compute."""
+
+    software: Name
+    model: Name
+    model_digest: Name
+    device: Name
+    dtype: DtypeName
+    module_count: Annotated[int, Meta(ge=0, le=1 << 20)]
+    groups: Annotated[tuple[GroupSpec, ...], Meta(max_length=8192)]
+
+
+class Result(Reply, frozen=True, tag="result"):
+    """One tensor frame follows. ``compute_ns`` is the worker's own account of its time, for display only."""
+
+    y: TensorSpec
+    compute_ns: Annotated[int, Meta(ge=0, lt=1 << 62)]
+
+
+class StateResult(Reply, frozen=True, tag="state"):
+    """One frame per named tensor follows."""
+
+    names: Annotated[tuple[Name, ...], Meta(max_length=MAX_STATE_TENSORS)]
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_STATE_TENSORS)]
+
+
+class StatsResult(Reply, frozen=True, tag="stats"):
+    """Counters since the worker started."""
+
+    uptime_s: float
+    requests: dict[Name, int]
+    errors: int
+    bytes_received: int
+    bytes_sent: int
+    compute_s: float
+
+
+class Failure(Reply, frozen=True, tag="failure"):
+    """The request was not carried out. ``message`` is a sentence for people and carries no tensor value."""
+
+    code: ErrorCode
+    message: Annotated[str, Meta(max_length=2048)]
+
+
+AnyReply = Welcome | Result | StateResult | StatsResult | Failure
+
+
+class Envelope(Struct, frozen=True):
+    """The part of any header, of any protocol version, that is read before the rest is trusted to parse."""
+
+    v: int
+    id: RequestId = 0
+
+
+encode = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,135 @@
+"""Answers one request of the current protocol. Pure but for the model's products: frames in, frames out."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+from torch import Tensor
+
+from tsqp import __version__
+from tsqp.errors import DeviceMemoryError, InputError, ProtocolError, TsqpError
+from tsqp.model.architecture import module_count
+from tsqp.model.linears import Linears
+from tsqp.wire import codec, messages
+from tsqp.wire.codec import Buffer
+from tsqp.wire.messages import AnyRequest, Failure, GroupSpec, Reply
+
+_envelope = msgspec.msgpack.Decoder(messages.Envelope)
+
+
+class Dispatcher:
+    """Turns requests into replies for one model.
+
+    Args:
+        linears: the model's large weights.
+        state: its non-linear parameters by name, float32 on the CPU.
+        model: the name to show to clients.
+        digest: the model's digest.
+    """
+
+    def __init__(self, linears: Linears, state: dict[str, Tensor], model: str, digest: str) -> None:
+        self.linears = linears
+        self.state = state
+        self._model = model
+        self.digest = digest
+        self._started = time.monotonic()
+        self.requests: Counter[str] = Counter()
+        self.errors = self.bytes_received = self.bytes_sent = self.compute_ns = 0
+
+    def answer(self, frames: Sequence[Buffer]) -> list[Buffer]:
+        """Return the reply to any frames at all: what is not a valid request is answered with a failure."""
+        self.bytes_received += sum(map(len, frames))
+        try:
+            request = codec.decode_request(frames)
+            self.requests[type(request.header).__name__.lower()] += 1
+            reply = self._carry_out(request.header, request.tensors)
+        except codec.VersionError as error:
+            reply = self._failure(error.request_id, "version", error)
+        except ProtocolError as error:
+            reply = self._failure(_request_id(frames), "protocol", error)
+        self.bytes_sent += sum(map(len, reply))
+        return reply
+
+    def _carry_out(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> list[Buffer]:
+        try:
+            match header:
+                case messages.Hello():
+                    return [messages.encode(self._welcome(header.id))]
+                case messages.Stats():
+                    return [messages.encode(self._stats(header.id))]
+                case messages.State():
+                    return self._state_reply(header.id)
+                case _:
+                    return self._product(header, tensors)
+        except DeviceMemoryError as error:
+            return self._failure(header.id, "memory", error)
+        except InputError as error:
+            return self._failure(header.id, "shape", error)
+
+    def _product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> list[Buffer]:
+        """Compute and time one product; the result is in the dtype the request's tensor had."""
+        started = time.perf_counter_ns()
+        match header:
+            case messages.Linear(group=group, x=x):
+                y, dtype = self.linears.linear(group, tensors[0]), codec.TORCH_DTYPES[x.dtype]
+            case messages.Embedding(dtype=name):
+                y, dtype = self.linears.embedding(tensors[0]), codec.TORCH_DTYPES[name]
+            case messages.MatMul(a=a):
+                y, dtype = self.linears.matmul(*tensors), codec.TORCH_DTYPES[a.dtype]
+            case _:
+                raise ProtocolError(f"{type(header).__name__} is no product.")
+        if not dtype.is_floating_point:
+            raise InputError(f"a product cannot be returned as {dtype}; ask for a float dtype.")
+        y = y.to("cpu", dtype)
+        elapsed = time.perf_counter_ns() - started
+        self.compute_ns += elapsed
+        result = messages.Result(id=header.id, y=codec.spec_of(y), compute_ns=elapsed)
+        return [messages.encode(result), codec.frame_of(y)]
+
+    def _state_reply(self, request_id: int) -> list[Buffer]:
+        reply = messages.StateResult(
+            id=request_id, names=tuple(self.state), tensors=tuple(map(codec.spec_of, self.state.values()))
+        )
+        return [messages.encode(reply), *map(codec.frame_of, self.state.values())]
+
+    def _welcome(self, request_id: int) -> Reply:
+        groups = tuple(
+            GroupSpec(group.name, group.members, group.in_features, group.out_features)
+            for group in self.linears.groups.values()
+        )
+        return messages.Welcome(
+            id=request_id,
+            software=f"tsqp {__version__}",
+            model=self._model,
+            model_digest=self.digest,
+            device=str(self.linears.device),
+            dtype=codec.dtype_name(self.linears.dtype),
+            module_count=module_count(self.linears.config),
+            groups=groups,
+        )
+
+    def _stats(self, request_id: int) -> Reply:
+        return messages.StatsResult(
+            id=request_id,
+            uptime_s=time.monotonic() - self._started,
+            requests=dict(self.requests),
+            errors=self.errors,
+            bytes_received=self.bytes_received,
+            bytes_sent=self.bytes_sent,
+            compute_s=self.compute_ns / 1e9,
+        )
+
+    def _failure(self, request_id: int, code: messages.ErrorCode, error: TsqpError) -> list[Buffer]:
+        self.errors += 1
+        return [messages.encode(Failure(id=request_id, code=code, message=str(error)[:2048]))]
+
+
+def _request_id(frames: Sequence[Buffer]) -> int:
+    """Read the id of a request that is otherwise invalid, so that its sender learns of it; 0 if there is none."""
+    try:
+        return _envelope.decode(frames[0]).id if frames and len(frames[0]) <= codec.MAX_REQUEST_HEADER_BYTES else 0
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return 0
