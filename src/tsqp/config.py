@@ -32,9 +32,20 @@ DEFAULT_PORT = 50051
 _OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE"})
 
 
-def _setting(default: Any, env: str, choices: tuple[str, ...] | None = None, minimum: float | None = None) -> Any:  # noqa: ANN401
+_MAX_THREADS = 4096
+# A week; a poll counts milliseconds in 32 bits.
+_MAX_TIMEOUT_S = 604800
+_MAX_MESSAGE_BYTES = 1 << 40
+
+
+def _setting(
+    default: Any,  # noqa: ANN401
+    env: str,
+    choices: tuple[str, ...] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Any:  # noqa: ANN401
     """Declare a field: its default, the variable that sets it, and what it may be."""
-    return field(default=default, metadata={"env": env, "choices": choices, "minimum": minimum})
+    return field(default=default, metadata={"env": env, "choices": choices, "limits": limits})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +60,11 @@ class WorkerConfig:
 
     model: str = _setting("smollm2", "LLAMA_MODEL_PATH")
     device: str | None = _setting(None, "LLAMA_GPU_DEVICE")
-    port: int = _setting(DEFAULT_PORT, "LLAMA_GPU_PORT", minimum=1)
+    port: int = _setting(DEFAULT_PORT, "LLAMA_GPU_PORT", limits=(1, 65535))
     dtype: str = _setting("float32", "LLAMA_DTYPE", choices=DTYPES)
     listen: tuple[str, ...] = _setting((), "TSQP_LISTEN")
-    threads: int | None = _setting(None, "TSQP_THREADS", minimum=1)
-    max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", minimum=1 << 16)
+    threads: int | None = _setting(None, "TSQP_THREADS", limits=(1, _MAX_THREADS))
+    max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", limits=(1 << 16, _MAX_MESSAGE_BYTES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +77,10 @@ class EnclaveConfig:
     worker: str | None = _setting(None, "LLAMA_GPU_ENDPOINT")
     dtype: str = _setting("float32", "LLAMA_DTYPE", choices=DTYPES)
     level: str = _setting("open", "TSQP_LEVEL", choices=LEVELS)
-    threads: int | None = _setting(None, "TSQP_THREADS", minimum=1)
-    connect_timeout_s: float = _setting(5.0, "TSQP_CONNECT_TIMEOUT_S", minimum=0.01)
-    request_timeout_s: float = _setting(120.0, "TSQP_REQUEST_TIMEOUT_S", minimum=0.01)
-    max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", minimum=1 << 16)
+    threads: int | None = _setting(None, "TSQP_THREADS", limits=(1, _MAX_THREADS))
+    connect_timeout_s: float = _setting(5.0, "TSQP_CONNECT_TIMEOUT_S", limits=(0.01, _MAX_TIMEOUT_S))
+    request_timeout_s: float = _setting(120.0, "TSQP_REQUEST_TIMEOUT_S", limits=(0.01, _MAX_TIMEOUT_S))
+    max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", limits=(1 << 16, _MAX_MESSAGE_BYTES))
 
 
 Config = TypeVar("Config", WorkerConfig, EnclaveConfig)
@@ -125,14 +136,17 @@ def _from_file(kind: type[Config], env: Mapping[str, str]) -> dict[str, Any]:
             document = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"TSQP_CONFIG={name}: cannot read it ({error.strerror}).") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"TSQP_CONFIG={name}: not valid TOML ({error}).") from error
     sections = {WorkerConfig.SECTION, EnclaveConfig.SECTION}
     if unknown := set(document) - sections:
         raise ConfigError(f"{name}: unknown table [{min(unknown)}]; known: {', '.join(sorted(sections))}.")
     entries = {entry.name: entry for entry in dataclasses.fields(kind)}
+    table = document.get(kind.SECTION, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{name}: {kind.SECTION} is not a table; write [{kind.SECTION}].")
     values: dict[str, Any] = {}
-    for key, value in document.get(kind.SECTION, {}).items():
+    for key, value in table.items():
         if key not in entries:
             raise ConfigError(f"{name}: unknown key {key!r} in [{kind.SECTION}]; known: {', '.join(sorted(entries))}.")
         values[key] = _parse(kind, entries[key], value, f"{name}, [{kind.SECTION}] {key}")
@@ -150,18 +164,18 @@ def _parse(kind: type[Config], entry: dataclasses.Field[Any], value: object, ori
             return tuple(item.strip() for item in items if item.strip())
     elif target is str and isinstance(value, str) and value:
         return value
-    elif target in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    elif target in (int, float) and isinstance(value, (str, int, target)) and not isinstance(value, bool):
         try:
             return target(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     wanted = "a list of strings" if typing.get_origin(target) is tuple else target.__name__
     raise ConfigError(f"{origin}: expected {wanted}, got {value!r}.")
 
 
 def _check(entry: dataclasses.Field[Any], value: Any) -> None:  # noqa: ANN401
-    choices, minimum = entry.metadata["choices"], entry.metadata["minimum"]
+    choices, limits = entry.metadata["choices"], entry.metadata["limits"]
     if choices and value not in choices:
         raise ConfigError(f"unknown {entry.name} {value!r}: expected one of {', '.join(choices)}.")
-    if minimum is not None and value is not None and value < minimum:
-        raise ConfigError(f"{entry.name} {value!r}: expected at least {minimum}.")
+    if limits and value is not None and not limits[0] <= value <= limits[1]:
+        raise ConfigError(f"{entry.name} {value!r}: expected at least {limits[0]} and at most {limits[1]}.")

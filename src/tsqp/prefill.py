@@ -32,15 +32,23 @@ SAMPLE_TEXT = (
     "machine learns how long a sentence is and when it was asked, but the words themselves stay at home. "
 )
 
+# Between two replies the enclave's other threads sleep. Waking one costs some 0.1 ms, as much as a whole operation on
+# this many tokens; attention, the largest, gains from a second thread above it (docs/performance.md).
+_TOKENS_WORTH_THREADS = 256
+
 Predict = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Runnable:
-    """A model ready to predict: ids (B, T) to last-position logits (B, V), and what it costs on the wire."""
+    """A model ready to predict: ids (B, T) to last-position logits (B, V), and what it costs on the wire.
+
+    ``predict_all`` gives logits at every position, (B, T, V); the monolithic baseline has none.
+    """
 
     predict: Predict
     meter: Meter
+    predict_all: Predict | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +142,49 @@ def runnable(
             torch.device("cpu"),
             lambda done: on_step("loading the weights", done),
         )
-        yield Runnable(Llama(architecture, LocalOps(linears, read_state(linears, checkpoint))).prefill, Meter())
+        yield _our_own(Llama(architecture, LocalOps(linears, read_state(linears, checkpoint))), Meter())
         return
     if worker is None:
         raise InputError("the level 'open' needs a worker's address.")
     digest = model_digest(architecture, checkpoint, lambda done: on_step("hashing the weights", done))
     with connect(worker, config, architecture, digest) as link:
         model = Llama(architecture, link.ops, offload_attention=offload_attention)
-        yield Runnable(model.prefill, link.session.meter)
+        yield _beside_a_worker(_our_own(model, link.session.meter))
+
+
+def _our_own(model: Llama, meter: Meter) -> Runnable:
+    return Runnable(model.prefill, meter, lambda ids_BT: model.prefill(ids_BT, all_logits=True))
+
+
+def _beside_a_worker(model: Runnable) -> Runnable:
+    """Use one thread where the enclave's share of a prefill is too small to wake others for."""
+
+    def with_fitting_threads(predict: Predict) -> Predict:
+        def run(ids_BT: Tensor) -> Tensor:
+            threads = torch.get_num_threads()
+            if ids_BT.numel() < _TOKENS_WORTH_THREADS:
+                torch.set_num_threads(1)
+            try:
+                return predict(ids_BT)
+            finally:
+                torch.set_num_threads(threads)
+
+        return run
+
+    predict_all = with_fitting_threads(model.predict_all) if model.predict_all else None
+    return Runnable(with_fitting_threads(model.predict), model.meter, predict_all)
+
+
+def with_all_logits(model: Runnable) -> Runnable:
+    """Return a model that computes the head at every position and hands out the last one's logits.
+
+    Raises:
+        InputError: the baseline, which has no such way.
+    """
+    predict_all = model.predict_all
+    if predict_all is None:
+        raise InputError("the monolithic baseline computes the head at the last position only.")
+    return Runnable(lambda ids_BT: predict_all(ids_BT)[:, -1], model.meter)
 
 
 def timed(model: Runnable, ids_BT: Tensor) -> tuple[Run, Tensor]:

@@ -101,7 +101,10 @@ class Hardware(Struct, frozen=True, kw_only=True):
 
 
 class BenchReport(Struct, frozen=True, kw_only=True):
-    """``tsqp bench``: variants measured in turns within one run, and the ratios between their medians."""
+    """``tsqp bench``: variants measured in turns within one run, and the ratios between their medians.
+
+    ``warm_up`` counts the runs before the first turn; each of ``rounds`` turns has one more and two that count.
+    """
 
     date: str
     commit: str

@@ -2,8 +2,7 @@
 
 Enclave and worker take turns: while one computes, the other waits. libgomp's threads spin for milliseconds after
 each parallel region (for ever with ``OMP_WAIT_POLICY=active``) and so take the cores from the peer whose turn it
-is. ``share_cores`` asks for passive waiting after a spin of some ten microseconds, which is what waking a sleeping
-thread costs; a user's own setting wins. docs/performance.md has the measurement.
+is. ``share_cores`` asks for passive waiting; a user's own setting wins. docs/performance.md has the measurement.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import os
 
 from tsqp.errors import ConfigError
 
-_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
+SHARED_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def share_cores() -> None:
     """Ask OpenMP for passive waiting. Has an effect only before torch is imported, since libgomp reads it once."""
-    if not any(name in os.environ for name in _WAITING):
-        os.environ.update(_WAITING)
+    for name, value in SHARED_WAITING.items():
+        os.environ.setdefault(name, value)
 
 
 def available_cores() -> int:

@@ -1,5 +1,70 @@
-"""``tsqp bench``."""
+"""``tsqp bench``: measure the split against its baselines on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tsqp import config as settings
+from tsqp.cli.reporting import print_json, progress, reported
+from tsqp.config import EnclaveConfig
+from tsqp.errors import ConfigError
+from tsqp.threads import available_cores
+
+if TYPE_CHECKING:
+    from tsqp.reports import BenchReport
 
 
-def bench() -> None:
-    """X"""
+def bench(
+    model: Annotated[
+        str | None, typer.Option(help="smollm2, a Hugging Face directory or a .gguf file.", show_default="smollm2")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Prompt length.")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="float32")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each process.", show_default="all cores")] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of each variant; each has two measured runs.")] = 15,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure prefill: the split, the same engine in one process, transformers, and the published client.
+
+    All variants stay loaded and take turns within one run; ratios are between medians.
+    """
+    with reported(as_json=json):
+        config = settings.load(EnclaveConfig, {"model": model, "dtype": dtype, "threads": threads})
+        if rounds < 1:
+            raise ConfigError(f"--rounds {rounds}: at least 1 is needed.")
+        from tsqp.bench import prefill_suite
+        from tsqp.model.locate import locate
+
+        with progress() as step:
+            directory = locate(config.model, lambda done: step("converting the model", done))
+            count = config.threads or available_cores()
+            report = prefill_suite.run(
+                config.model, directory, tokens, config.dtype, count, rounds=rounds, on_step=step
+            )
+        if json:
+            print_json(report)
+        else:
+            _show(report)
+
+
+def _show(report: BenchReport) -> None:
+    console = Console(highlight=False)
+    title = f"{report.model}, prefill of {report.tokens} tokens, {report.dtype}, {report.threads} threads per process"
+    table = Table("variant", "median ms", "p95", "enclave", "worker", "wire", "KB/token", "trips", title=title)
+    for variant in report.variants:
+        parts = (variant.enclave_s, variant.worker_s, variant.wire_s)
+        split = [f"{seconds * 1e3:.1f}" for seconds in parts] if variant.worker_s else ["", "", ""]
+        moved = [f"{variant.bytes_per_token / 1e3:.0f}", str(variant.round_trips)] if variant.round_trips else ["", ""]
+        table.add_row(variant.name, f"{variant.median_s * 1e3:.1f}", f"{variant.p95_s * 1e3:.1f}", *split, *moved)
+    console.print(table)
+    compared = Table("ratio", "value", "limit", "")
+    for ratio in report.ratios:
+        verdict = "" if ratio.ok is None else "holds" if ratio.ok else "[red]missed[/]"
+        compared.add_row(ratio.name, f"{ratio.value:.2f}", ratio.limit, verdict)
+    console.print(compared)
+    machine = report.hardware
+    console.print(f"{machine.cpu}, {machine.cores} cores, {machine.memory_gb:g} GB; torch {machine.torch}")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tsqp import config as settings
-from tsqp.cli.reporting import print_json, progress, reported
+from tsqp.cli.reporting import notes, print_json, progress, reported
 from tsqp.config import EnclaveConfig
 from tsqp.errors import ConfigError, InputError
 from tsqp.threads import set_threads, share_cores
@@ -96,6 +96,7 @@ def _run(
     from tsqp.model.architecture import read_config
     from tsqp.model.locate import locate
     from tsqp.model.tokenizer import find_tokenizer
+    from tsqp.transport.urls import parse
 
     threads = set_threads(config.threads)
     with ExitStack() as stack:
@@ -105,6 +106,8 @@ def _run(
         tokenizer = find_tokenizer(directory)
         ids_BT = torch.tensor([runs.prompt_ids(architecture, tokenizer, text, tokens)] * batch)
         worker = config.worker
+        if config.level == "open" and worker is not None and not parse(worker).stays_on_this_machine:
+            notes.print(f"{escape(worker)} is not on this machine: activations travel to it unencrypted.")
         if config.level == "open" and worker is None:
             step("starting a worker", 0.0)
             worker = stack.enter_context(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress as RichProgress
 from rich.progress import TaskID
 
@@ -37,7 +38,7 @@ def reported(*, as_json: bool) -> Iterator[None]:
         if as_json:
             detail = ErrorDetail(type=type(error).__name__, message=str(error), exit_code=error.exit_code)
             print_json(ErrorReport(error=detail))
-        notes.print(f"[bold red]error:[/] {error}", soft_wrap=True, markup=True)
+        notes.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         notes.print("stopped.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import Annotated
 
@@ -52,8 +51,6 @@ def worker(
         with progress() as step:
             hangup_fd = sys.stdin.fileno() if exit_with_parent else None
             running = open_worker(config, Progress(lambda text: notes.print(escape(text)), step), hangup_fd)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: running.worker.stop())
         ready = WorkerReady(
             model=running.model,
             model_digest=running.digest,
@@ -71,7 +68,4 @@ def worker(
                 f"{ready.model} on {ready.device} in {ready.dtype}: {ready.modules} modules, {ready.threads} threads"
             )
             typer.echo(f"listening on {', '.join(ready.endpoints)}; Ctrl-C stops")
-        try:
-            running.worker.serve()
-        finally:
-            running.transport.close()
+        running.serve()

@@ -11,6 +11,7 @@ from tsqp import __version__
 from tsqp.errors import (
     DeviceMemoryError,
     InputError,
+    InternalError,
     ModelMismatchError,
     ProtocolError,
     TransportTimeoutError,
@@ -102,7 +103,10 @@ class Session:
             TransportTimeoutError, TransportClosedError: the worker is slow or gone.
             ProtocolError: it sent something invalid or never asked for.
             InputError, DeviceMemoryError: it could not carry the request out.
+            InternalError: no such request is in flight.
         """
+        if request_id not in self._waiting:
+            raise InternalError(f"request {request_id} to {self.peer} was never made, or its result has been taken.")
         limit = self._timeout_s if timeout_s is None else timeout_s
         started = time.monotonic_ns()
         try:
@@ -149,8 +153,8 @@ class Session:
             return self.result(request_id, messages.Welcome, timeout_s)[0]
         except TransportTimeoutError as error:
             raise TransportTimeoutError(
-                f"no TSQP worker answered at {self.peer} within {timeout_s:g} s. Is it running? Start one with "
-                "'tsqp worker' (or tee_gpu/server.py) and check host and port."
+                f"no TSQP worker answered at {self.peer} within {timeout_s:g} s. Is it running, and done loading? "
+                "Start one with 'tsqp worker' (or tee_gpu/server.py) and check host and port."
             ) from error
 
     def close(self) -> None:
@@ -183,6 +187,6 @@ def check_worker(welcome: messages.Welcome, config: LlamaConfig, digest: str, dt
 
 
 def _failure(reply: Failure, operation: str, peer: str) -> Exception:
-    text = f"{operation} failed at the worker {peer}: {reply.message}"
-    kinds: dict[str, type[Exception]] = {"memory": DeviceMemoryError, "shape": InputError}
+    text = f"{operation} failed at the worker {peer}: {codec.printable(reply.message)}"
+    kinds: dict[str, type[Exception]] = {"memory": DeviceMemoryError, "input": InputError, "internal": InternalError}
     return kinds.get(reply.code, ProtocolError)(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -200,12 +201,15 @@ def _rope(raw: Mapping[str, Any], origin: str) -> RopeParameters:
     if kind == "linear":
         return RopeParameters(theta=theta, kind="linear", factor=factor)
     if kind == "llama3":
+        low, high = _positive(scaling, "low_freq_factor", origin), _positive(scaling, "high_freq_factor", origin)
+        if low >= high:
+            raise WeightsError(f"{origin}: low_freq_factor {low} is not below high_freq_factor {high}.")
         return RopeParameters(
             theta=theta,
             kind="llama3",
             factor=factor,
-            low_freq_factor=_positive(scaling, "low_freq_factor", origin),
-            high_freq_factor=_positive(scaling, "high_freq_factor", origin),
+            low_freq_factor=low,
+            high_freq_factor=high,
             original_context_length=_size(scaling, "original_max_position_embeddings", origin),
         )
     raise UnsupportedModelError(f"{origin}: RoPE scaling {kind!r} is not supported; known: default, linear, llama3.")
@@ -225,6 +229,6 @@ def _size(raw: Mapping[str, Any], key: str, origin: str, default: int | None = N
 def _positive(raw: Mapping[str, Any], key: str, origin: str, default: float | None = None) -> float:
     value = raw.get(key)
     value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise WeightsError(f"{origin}: {key} is {value!r}; expected a positive number.")
     return float(value)

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tsqp.errors import SetupError, UnsupportedModelError, WeightsError
-from tsqp.model.architecture import parse_config
+from tsqp.model.architecture import parse_config, weight_shapes
 from tsqp.model.layers import rope_frequencies
 from tsqp.model.weights import INDEX_NAME
 
@@ -63,8 +63,9 @@ def convert(source: Path, target: Path, on_progress: Callable[[float], None]) ->
     """
     reader = _open(source)
     config = _config(reader, source)
-    parse_config(config, str(source))
+    shapes = weight_shapes(parse_config(config, str(source)))
     shards = _shards(reader, source)
+    _require({name: tensor for shard in shards.values() for name, tensor in shard.items()}, shapes, source)
     weight_map: dict[str, str] = {}
     for done, (shard, tensors) in enumerate(sorted(shards.items())):
         file = f"model-{shard + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -90,7 +91,10 @@ def _open(source: Path) -> GGUFReader:
 
 def _field(reader: GGUFReader, key: str) -> Any:  # noqa: ANN401  GGUF values have many types
     field = reader.get_field(key)
-    return None if field is None else field.contents()
+    try:
+        return None if field is None else field.contents()
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"the GGUF file's field {key} is not text ({error}).") from error
 
 
 def _config(reader: GGUFReader, source: Path) -> dict[str, Any]:
@@ -127,6 +131,9 @@ def _config(reader: GGUFReader, source: Path) -> dict[str, Any]:
     if (head_size := _field(reader, "llama.attention.key_length")) is not None:
         config["head_dim"] = head_size
     config["rope_parameters"] = _rope(reader, source, config)
+    rotary = _field(reader, "llama.rope.dimension_count")
+    if rotary not in (None, parse_config(config, str(source)).head_size):
+        raise UnsupportedModelError(f"{source}: only {rotary} dimensions of each head are rotary; TSQP rotates all.")
     return config
 
 
@@ -181,6 +188,20 @@ def _shards(reader: GGUFReader, source: Path) -> dict[int, dict[str, ReaderTenso
             raise UnsupportedModelError(f"{source}: tensor {tensor.name!r} does not belong to a plain llama model.")
         shards.setdefault(shard, {})[full] = tensor
     return shards
+
+
+def _require(tensors: Mapping[str, ReaderTensor], shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Check before anything is written that the file holds the model's tensors, in their shapes, and no others."""
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        raise WeightsError(f"{source} has no tensor for {missing[0]!r}: the file is incomplete.")
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise UnsupportedModelError(f"{source}: tensor {tensor.name!r} does not belong to a plain llama model.")
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if shape != shapes[name]:
+            raise WeightsError(
+                f"{source}: tensor {tensor.name!r} has shape {list(shape)}, the metadata imply {list(shapes[name])}."
+            )
 
 
 def _convert_tensor(name: str, tensor: ReaderTensor, config: dict[str, Any], source: Path) -> Tensor:

@@ -1,6 +1,6 @@
 """The non-linear parts that stay in the enclave: RMSNorm, rotary embedding, SwiGLU.
 
-Shapes: B batch, T tokens, D hidden, F FFN, N heads, H head size.
+Shapes: B batch, T tokens, D hidden, F FFN, E = 2F gate and up, N heads, H head size.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x_BTD, (x_BTD.shape[-1],), weight_D, eps)
 
 
-def swiglu(gate_up_BTG: Tensor) -> Tensor:
+def swiglu(gate_up_BTE: Tensor) -> Tensor:
     """Return SiLU(gate) * up for the two halves of the last dimension (Shazeer 2020). Overwrites the input."""
-    gate_BTF, up_BTF = gate_up_BTG.chunk(2, dim=-1)
+    gate_BTF, up_BTF = gate_up_BTE.chunk(2, dim=-1)
     return functional.silu(gate_BTF, inplace=True) * up_BTF
 
 

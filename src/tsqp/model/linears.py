@@ -7,6 +7,7 @@ times slower on the AMD processors this was measured on (benchmarks/results); bo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,12 @@ from torch.nn import functional
 from tsqp.errors import DeviceMemoryError, InputError
 from tsqp.model.architecture import EMBEDDING_MODULE, LinearGroup, LlamaConfig, linear_groups, weight_shapes
 from tsqp.model.weights import Checkpoint
+
+# A hint to oneDNN; its layout serves any number of rows.
+_TYPICAL_ROWS = 128
+
+# 4 GiB of float32: logits of 8192 positions over a vocabulary of 128 k.
+MAX_RESULT_ELEMENTS = 1 << 30
 
 
 @contextmanager
@@ -47,7 +54,10 @@ def onednn_computes(dtype: torch.dtype) -> bool:
     x_MK = torch.randn(5, 64, generator=generator).to(dtype)
     w_NK = torch.randn(48, 64, generator=generator).to(dtype)
     try:
-        ours, theirs = _onednn_linear(x_MK, w_NK, None), functional.linear(x_MK, w_NK)
+        theirs = functional.linear(x_MK, w_NK)
+        packed_NK = _onednn_layout(w_NK)
+        w_NK.zero_()  # the layout must be a copy: loading reuses the memory it packs from
+        ours = _onednn_linear(x_MK, packed_NK, None)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
     return torch.allclose(
@@ -60,8 +70,14 @@ def _onednn_linear(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     return y_MN
 
 
+def _onednn_layout(w_NK: Tensor) -> Tensor:
+    """Copy weights into the blocks that oneDNN multiplies fastest by."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(w_NK, _TYPICAL_ROWS)  # noqa: SLF001
+    return packed
+
+
 def product(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Return x W^T + b, shape (M, N), in the dtype both operands share."""
+    """Return x W^T + b, shape (M, N), in the dtype both operands share; ``w_NK`` may be in oneDNN's layout."""
     if x_MK.device.type == "cpu" and onednn_computes(x_MK.dtype):
         return _onednn_linear(x_MK, w_NK, bias_N)
     return functional.linear(x_MK, w_NK, bias_N)
@@ -70,7 +86,9 @@ def product(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 class Linears:
     """Embedding table and stacked group weights of one model, in one dtype on one device.
 
-    A tied head shares the embedding table's memory.
+    Weights are held once: in oneDNN's layout where it computes them, but for the head, which mostly sees one row per
+    prompt, where the layout gains nothing, and which shares the embedding table's memory where it is tied. Products of
+    a single member (the first published protocol) need a plain copy of their group's weights, made on first use.
 
     Args:
         config: the model's architecture.
@@ -97,24 +115,38 @@ class Linears:
         self.groups = {group.name: group for group in linear_groups(config)}
         self._weights: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
+        self._plain: dict[str, Tensor] = {}
         with memory_errors("loading", device), torch.inference_mode():
             self._embedding_VD = self._empty(config.vocab_size, config.hidden_size)
             checkpoint.read_into(f"{EMBEDDING_MODULE}.weight", self._embedding_VD)
+            scratch = self._scratch()
             for done, group in enumerate(self.groups.values()):
-                self._load(group, checkpoint)
+                self._load(group, checkpoint, scratch)
                 if on_progress:
                     on_progress((done + 1) / len(self.groups))
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def _load(self, group: LinearGroup, checkpoint: Checkpoint) -> None:
+    def _scratch(self) -> Tensor | None:
+        """Allocate room for the largest group that is packed, once: freed piece by piece it would fragment the heap."""
+        if self.device.type != "cpu" or not onednn_computes(self.dtype):
+            return None
+        return self._empty(
+            max(group.rows * group.in_features for group in self.groups.values() if group.name != "head")
+        )
+
+    def _load(self, group: LinearGroup, checkpoint: Checkpoint, scratch: Tensor | None) -> None:
         if group.name == "head" and self.config.tied_head:
             self._weights[group.name] = self._embedding_VD
             return
-        weight_NK = self._weights[group.name] = self._empty(group.rows, group.in_features)
+        shape = (group.rows, group.in_features)
+        if group.name == "head":
+            scratch = None
+        weight_NK = self._empty(*shape) if scratch is None else scratch[: math.prod(shape)].view(shape)
         for member, part in zip(group.members, weight_NK.split(group.out_features), strict=True):
             checkpoint.read_into(f"{member}.weight", part)
+        self._weights[group.name] = weight_NK if scratch is None else _onednn_layout(weight_NK)
         if group.bias:
             bias_N = self._biases[group.name] = self._empty(group.rows)
             for member, part in zip(group.members, bias_N.split(group.out_features), strict=True):
@@ -145,10 +177,18 @@ class Linears:
             )
         w_NK, bias_N = self._weights[name], self._biases.get(name)
         if member is not None:
-            w_NK = w_NK.split(group.out_features)[member]
+            w_NK = self._plain_weight(name).split(group.out_features)[member]
             bias_N = None if bias_N is None else bias_N.split(group.out_features)[member]
+        _bound_result((len(x_MK), group.rows))
         with memory_errors(f"linear {name}", self.device):
             return product(x_MK.to(self.device, self.dtype), w_NK, bias_N)
+
+    def _plain_weight(self, name: str) -> Tensor:
+        if name not in self._plain:
+            weight = self._weights[name]
+            with memory_errors(f"unpacking {name}", self.device):
+                self._plain[name] = weight.to_dense() if weight.layout is not torch.strided else weight
+        return self._plain[name]
 
     @torch.inference_mode()
     def embedding(self, ids_M: Tensor) -> Tensor:
@@ -167,6 +207,7 @@ class Linears:
             raise InputError(f"embedding expects int64 ids of shape [M], got {ids_M.dtype} {list(ids_M.shape)}.")
         if ids_M.numel() and not 0 <= int(ids_M.min()) <= int(ids_M.max()) < self.config.vocab_size:
             raise InputError(f"embedding got a token id outside the vocabulary of {self.config.vocab_size}.")
+        _bound_result((len(ids_M), self.config.hidden_size))
         with memory_errors("embedding", self.device):
             return self._embedding_VD[ids_M.to(self.device)]
 
@@ -181,5 +222,19 @@ class Linears:
             raise InputError(f"matmul of shapes {list(a.shape)} and {list(b.shape)}: inner sizes must agree.")
         if a.dtype != b.dtype or not a.is_floating_point():
             raise InputError(f"matmul of {a.dtype} and {b.dtype}: both must be of one float dtype.")
+        if not a.numel() or not b.numel():
+            raise InputError(f"matmul of shapes {list(a.shape)} and {list(b.shape)}: an operand is empty.")
+        _bound_result((*a.shape[:-1], b.shape[-1]))
         with memory_errors("matmul", self.device):
             return torch.matmul(a.to(self.device), b.to(self.device))
+
+
+def _bound_result(shape: tuple[int, ...]) -> None:
+    """Refuse a product whose result is larger than any message: a few bytes must not claim all memory.
+
+    Raises:
+        InputError: more than ``MAX_RESULT_ELEMENTS``.
+    """
+    elements = math.prod(shape)
+    if elements > MAX_RESULT_ELEMENTS:
+        raise InputError(f"a result of shape {list(shape)} has {elements} elements; at most {MAX_RESULT_ELEMENTS}.")

@@ -1,6 +1,7 @@
 """LLaMA's forward pass, written once against ``LinearOps``.
 
-Shapes: B batch, T tokens, D hidden, F FFN, N query heads, G key-value heads, H head size, V vocabulary.
+Shapes: B batch, T tokens, D hidden, F FFN, N query heads, G key-value heads, X = N + 2G heads of q, k and v together,
+E = X*H columns of them, H head size, V vocabulary, K a linear's input.
 """
 
 from __future__ import annotations

@@ -93,11 +93,12 @@ def _weight_files(directory: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} is not a safetensors index ({error}).") from error
+    present = {entry.name for entry in directory.iterdir()}
     files = []
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise WeightsError(f"{index} names {name!r}; expected a file name inside the directory.")
-        if not (directory / name).exists():
+        if name not in present:
             raise WeightsError(
                 f"{directory} has no file {name!r}, which {INDEX_NAME} lists: the download is incomplete."
             )

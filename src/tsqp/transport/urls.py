@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from tsqp.errors import ConfigError
 
 SCHEMES = ("tcp", "ipc")
 _MAX_PORT = 65535
+_MAX_PORT_DIGITS = 5
 # sun_path of a UNIX socket holds 108 bytes, one of them the terminator.
 _MAX_IPC_PATH = 107
 
@@ -28,6 +30,16 @@ class Endpoint:
             return f"ipc://{self.path}"
         host = "127.0.0.1" if self.host == "localhost" else self.host
         return f"tcp://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def stays_on_this_machine(self) -> bool:
+        """Whether bytes sent here never reach a network: ipc, or tcp on a loopback address."""
+        if self.scheme == "ipc" or self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     def __str__(self) -> str:
         return self.url if self.scheme == "ipc" else f"{self.host}:{self.port}"
@@ -54,7 +66,8 @@ def parse(text: str) -> Endpoint:
         raise ConfigError(f"endpoint {text!r}: unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}.")
     host, colon, port = rest.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) <= _MAX_PORT:
+    digits = port.isascii() and port.isdigit() and len(port) <= _MAX_PORT_DIGITS
+    if not colon or not host or not digits or not 0 < int(port) <= _MAX_PORT:
         raise ConfigError(
             f"endpoint {text!r}: expected host:port with a port from 1 to {_MAX_PORT}, as in localhost:50051."
         )

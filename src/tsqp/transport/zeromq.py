@@ -20,7 +20,10 @@ from tsqp.errors import SetupError, TransportClosedError, TransportTimeoutError
 from tsqp.transport.base import Buffer, Incoming
 from tsqp.transport.urls import Endpoint
 
-_WATCHED_EVENTS = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+_CLIENT_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+# What a UNIX socket may hold unread: the largest tensors of a 128-token prefill whole. The kernel caps it at
+# net.core.wmem_max; at its default of 208 KB, both ends wake each other a dozen times per tensor.
+_IPC_BUFFER_BYTES = 4 << 20
 
 
 class ZmqClient:
@@ -37,7 +40,10 @@ class ZmqClient:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-        self._monitor = self._socket.get_monitor_socket(_WATCHED_EVENTS)
+        # The session bounds what is in flight; at a limit of its own, the socket would block for ever.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.IPV6, int(":" in endpoint.host))
+        self._monitor = self._socket.get_monitor_socket(_CLIENT_EVENTS)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -65,8 +71,11 @@ class ZmqClient:
                 raise TransportTimeoutError(f"{self.peer} did not answer within {timeout_s:g} s.")
 
     def _read_event(self) -> None:
-        event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        message = zmq.utils.monitor.recv_monitor_message(self._monitor)
+        event = message["event"]
+        if event == zmq.EVENT_CONNECTED:
+            _deepen(message["value"])
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._was_connected = True
         elif self._was_connected and event == zmq.EVENT_DISCONNECTED and not self._socket.poll(0):
             raise TransportClosedError(f"the worker at {self.peer} closed the connection or died.")
@@ -107,6 +116,8 @@ class ZmqServer:
         self.hung_up = False
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
+        self._poller.register(self._monitor, zmq.POLLIN)
         if hangup_fd is not None:
             self._poller.register(hangup_fd, zmq.POLLIN)
         try:
@@ -118,11 +129,17 @@ class ZmqServer:
 
     def receive(self, timeout_s: float) -> Incoming | None:
         """Wait for one message; see ``ServerTransport.receive``."""
-        ready = dict(self._poller.poll(math.ceil(timeout_s * 1000)))
-        if self._hangup_fd in ready:
-            self.hung_up = True
-        if self._socket not in ready:
-            return None
+        deadline = time.monotonic() + timeout_s
+        ready: dict[object, int] = {}
+        while self._socket not in ready:
+            ready = dict(self._poller.poll(math.ceil(max(0.0, deadline - time.monotonic()) * 1000)))
+            if self._monitor in ready:
+                _deepen(zmq.utils.monitor.recv_monitor_message(self._monitor)["value"])
+            if self._hangup_fd in ready:
+                self.hung_up = True
+                return None
+            if not ready:
+                return None
         identity, *rest = self._socket.recv_multipart(copy=False)
         frames = tuple(frame.buffer for frame in rest)
         if frames and len(frames[0]) == 0:
@@ -134,20 +151,33 @@ class ZmqServer:
         self._socket.send_multipart([*route, *frames], copy=False)
 
     def close(self) -> None:
-        """Close the socket and the context."""
+        """Close the sockets and the context."""
         if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
             self._socket.close(linger=0)
         self._context.term()
 
 
+def _deepen(descriptor: int) -> None:
+    """Let a new ipc connection hold a whole tensor. TCP sizes its own buffers; a connection already gone is let be."""
+    try:
+        with unix.socket(fileno=os.dup(descriptor)) as connection:
+            if connection.family == unix.AF_UNIX:
+                connection.setsockopt(unix.SOL_SOCKET, unix.SO_SNDBUF, _IPC_BUFFER_BYTES)
+    except OSError:
+        return
+
+
 def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
-    if endpoint.scheme == "ipc" and _someone_listens(endpoint.path):
-        raise SetupError(f"{endpoint} is already in use by another process. Stop it or listen elsewhere (--listen).")
-    mask = os.umask(0o077)
+    if endpoint.scheme == "ipc":
+        _check_free(Path(endpoint.path), endpoint)
+    socket.setsockopt(zmq.IPV6, int(":" in endpoint.host))
+    mask = os.umask(0o177)
     try:
         socket.bind(endpoint.url)
     except zmq.ZMQError as error:
-        if error.errno == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE and endpoint.scheme == "tcp":
             raise SetupError(
                 f"port {endpoint.port} is already in use on {endpoint.host}. "
                 "Stop the process that listens there, or choose another port (--listen, LLAMA_GPU_PORT)."
@@ -157,13 +187,15 @@ def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
         os.umask(mask)
 
 
-def _someone_listens(path: str) -> bool:
-    """Tell whether a live process answers on a UNIX socket; ZeroMQ would silently take its place."""
-    if not Path(path).exists():
-        return False
+def _check_free(path: Path, endpoint: Endpoint) -> None:
+    """Refuse a path that holds a live socket or any other file; ZeroMQ would silently delete it."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise SetupError(f"cannot listen on {endpoint}: a file that is no socket is there.")
     with unix.socket(unix.AF_UNIX, unix.SOCK_STREAM) as probe:
         try:
-            probe.connect(path)
+            probe.connect(str(path))
         except OSError:
-            return False
-    return True
+            return
+    raise SetupError(f"{endpoint} is already in use by another process. Stop it or listen elsewhere (--listen).")

@@ -22,6 +22,8 @@ from tsqp.wire.messages import AnyReply, AnyRequest, Envelope, TensorSpec
 MAX_REQUEST_HEADER_BYTES = 4096
 MAX_REPLY_HEADER_BYTES = 1 << 22
 MAX_REQUEST_TENSORS = 2
+_MAX_ELEMENTS = 1 << 60
+_MAX_SHOWN = 512
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -33,6 +35,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "int64": torch.int64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+_DECODING_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _envelope = msgspec.msgpack.Decoder(Envelope)
 _request = msgspec.msgpack.Decoder(AnyRequest)
@@ -85,6 +89,12 @@ class RequestFrames:
     tensors: tuple[Tensor, ...]
 
 
+def printable(text: str) -> str:
+    """Make text that may come from a peer fit for a terminal: short, and without control characters."""
+    shown = "".join(character if character.isprintable() else "?" for character in text[:_MAX_SHOWN])
+    return shown if len(text) <= _MAX_SHOWN else f"{shown}..."
+
+
 def dtype_name(dtype: torch.dtype) -> messages.DtypeName:
     """Name a torch dtype as the wire does.
 
@@ -108,8 +118,13 @@ def frame_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def tensor_of(spec: TensorSpec, frame: Buffer) -> Tensor:
+def tensor_of(spec: TensorSpec, frame: Buffer, source: str = "request") -> Tensor:
     """View a frame's bytes as a tensor, without copying them.
+
+    Args:
+        spec: the tensor's dtype and shape.
+        frame: its bytes.
+        source: where it came from, for messages.
 
     Raises:
         ProtocolError: the frame's size is not what the spec says.
@@ -118,11 +133,14 @@ def tensor_of(spec: TensorSpec, frame: Buffer) -> Tensor:
     size = math.prod(spec.shape) * dtype.itemsize
     if size != len(frame):
         raise ProtocolError(
-            f"a tensor of {spec.dtype} {list(spec.shape)} takes {size} bytes, the frame has {len(frame)}."
+            f"{source}: a tensor of {spec.dtype} {list(spec.shape)} takes {size} bytes, the frame has {len(frame)}."
         )
     if size == 0:
+        # Strides of an empty tensor can overflow all the same: 0 by 2^31 by 2^31 by 2^31.
+        if math.prod(filter(None, spec.shape)) > _MAX_ELEMENTS:
+            raise ProtocolError(f"{source}: an empty tensor of shape {list(spec.shape)} is too large to have strides.")
         return torch.empty(spec.shape, dtype=dtype)
-    if isinstance(frame, bytes):
+    if isinstance(frame, bytes) or (isinstance(frame, memoryview) and frame.readonly):
         frame = bytearray(frame)
     return torch.frombuffer(frame, dtype=dtype).view(spec.shape)
 
@@ -146,8 +164,7 @@ def decode_request(frames: Sequence[Buffer]) -> RequestFrames:
         )
     if len(frames) - 1 > MAX_REQUEST_TENSORS:
         raise ProtocolError(f"request with {len(frames) - 1} tensor frames; at most {MAX_REQUEST_TENSORS} are allowed.")
-    _check_version(header_bytes, "enclave")
-    header = _decode(_request, header_bytes, "request")
+    header = _decode(_request, header_bytes, "enclave")
     specs = _specs_in_request(header)
     if len(specs) != len(frames) - 1:
         raise ProtocolError(
@@ -167,8 +184,9 @@ def decode_reply(frames: Sequence[Buffer]) -> tuple[AnyReply, Sequence[Buffer]]:
         raise ProtocolError("a reply without a header.")
     if len(frames[0]) > MAX_REPLY_HEADER_BYTES:
         raise ProtocolError(f"reply header of {len(frames[0])} bytes; at most {MAX_REPLY_HEADER_BYTES} are allowed.")
-    _check_version(frames[0], "worker")
-    reply = _decode(_reply, frames[0], "reply")
+    reply = _decode(_reply, frames[0], "worker")
+    if len(frames) > 1 and not isinstance(reply, (messages.Result, messages.StateResult)):
+        raise ProtocolError(f"a reply of type {type(reply).__name__} carries no tensors, {len(frames) - 1} came.")
     return reply, frames[1:]
 
 
@@ -190,7 +208,7 @@ def claim(reply: messages.Result, frames: Sequence[Buffer], expect: TensorSpec, 
         raise ProtocolError(
             f"{source}: expected {expect.dtype} {list(expect.shape)}, got {reply.y.dtype} {list(reply.y.shape)}."
         )
-    return Claim(tensor_of(reply.y, frames[0]), source)
+    return Claim(tensor_of(reply.y, frames[0], source), source)
 
 
 def state_tensors(reply: messages.StateResult, frames: Sequence[Buffer], source: str) -> dict[str, Tensor]:
@@ -205,7 +223,10 @@ def state_tensors(reply: messages.StateResult, frames: Sequence[Buffer], source:
         )
     if len(set(reply.names)) != len(reply.names):
         raise ProtocolError(f"{source}: a tensor name comes twice.")
-    return {name: tensor_of(spec, frame) for name, spec, frame in zip(reply.names, reply.tensors, frames, strict=True)}
+    return {
+        name: tensor_of(spec, frame, source)
+        for name, spec, frame in zip(reply.names, reply.tensors, frames, strict=True)
+    }
 
 
 def _specs_in_request(header: AnyRequest) -> tuple[TensorSpec, ...]:
@@ -220,14 +241,22 @@ def _specs_in_request(header: AnyRequest) -> tuple[TensorSpec, ...]:
             return ()
 
 
+def _decode(decoder: msgspec.msgpack.Decoder[T], header: Buffer, peer: str) -> T:
+    """Decode a header of this version; of another version, whatever else it holds, read only version and id."""
+    try:
+        message = decoder.decode(header)
+    except _DECODING_ERRORS as error:
+        _check_version(header, peer)
+        raise ProtocolError(f"not a valid message from the {peer}: {printable(str(error))}") from error
+    if message.v != messages.PROTOCOL_VERSION:  # type: ignore[attr-defined]  # every message has it
+        _check_version(header, peer)
+    return message
+
+
 def _check_version(header: Buffer, peer: str) -> None:
-    envelope = _decode(_envelope, header, "header")
+    try:
+        envelope = _envelope.decode(header)
+    except _DECODING_ERRORS:
+        return
     if envelope.v != messages.PROTOCOL_VERSION:
         raise VersionError(envelope.v, envelope.id, peer)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[T], data: Buffer, what: str) -> T:
-    try:
-        return decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a valid {what}: {error}.") from error

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from torch import Tensor
 
 from tsqp.errors import ProtocolError
-from tsqp.wire.codec import Buffer, frame_of, tensor_of
+from tsqp.wire.codec import Buffer, frame_of, printable, tensor_of
 from tsqp.wire.messages import Dimension, DtypeName, Name, TensorSpec
 
 MAX_NAMES = 65536
@@ -97,7 +97,7 @@ def decode_request(frame: Buffer) -> LegacyRequest:
             raise ProtocolError(f"unknown method {call.method!r}; known: {', '.join(_METHODS)}.")
         return decoder.decode(call.request)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a valid request of the first protocol: {error}.") from error
+        raise ProtocolError(f"not a valid request of the first protocol: {printable(str(error))}") from error
 
 
 def tensor(buffer: bytes, shape: list[int], dtype: LegacyDtype) -> Tensor:

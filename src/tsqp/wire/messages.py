@@ -22,7 +22,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 RequestId = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Dimension = Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
 DtypeName = Literal["float32", "float16", "bfloat16", "int64"]
-ErrorCode = Literal["protocol", "version", "shape", "unknown", "unsupported", "memory", "internal"]
+ErrorCode = Literal["protocol", "version", "input", "memory", "internal"]
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):

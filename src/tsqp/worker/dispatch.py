@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 from torch import Tensor
 
 from tsqp import __version__
-from tsqp.errors import DeviceMemoryError, InputError, ProtocolError, TsqpError
+from tsqp.errors import DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError
 from tsqp.model.architecture import module_count
 from tsqp.model.linears import Linears
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Buffer
 from tsqp.wire.messages import AnyRequest, Failure, GroupSpec, Reply
 
+_log = logging.getLogger(__name__)
 _envelope = msgspec.msgpack.Decoder(messages.Envelope)
 
 
@@ -26,14 +29,14 @@ class Dispatcher:
     Args:
         linears: the model's large weights.
         state: its non-linear parameters by name, float32 on the CPU.
-        model: the name to show to clients.
+        model: the name or path it was started with; clients are shown the last part.
         digest: the model's digest.
     """
 
     def __init__(self, linears: Linears, state: dict[str, Tensor], model: str, digest: str) -> None:
         self.linears = linears
         self.state = state
-        self._model = model
+        self._model = codec.printable(Path(model).name)[: messages.MAX_NAME] or "model"
         self.digest = digest
         self._started = time.monotonic()
         self.requests: Counter[str] = Counter()
@@ -50,6 +53,10 @@ class Dispatcher:
             reply = self._failure(error.request_id, "version", error)
         except ProtocolError as error:
             reply = self._failure(_request_id(frames), "protocol", error)
+        except Exception:  # noqa: BLE001  a bug of ours must not end the worker for its other clients
+            _log.exception("request failed")
+            sorry = InternalError("the worker failed on this request; its log says how.")
+            reply = self._failure(_request_id(frames), "internal", sorry)
         self.bytes_sent += sum(map(len, reply))
         return reply
 
@@ -67,7 +74,7 @@ class Dispatcher:
         except DeviceMemoryError as error:
             return self._failure(header.id, "memory", error)
         except InputError as error:
-            return self._failure(header.id, "shape", error)
+            return self._failure(header.id, "input", error)
 
     def _product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> list[Buffer]:
         """Compute and time one product; the result is in the dtype the request's tensor had."""

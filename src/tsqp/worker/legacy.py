@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ from tsqp.model.layers import rope_frequencies
 from tsqp.model.linears import Linears
 from tsqp.wire import legacy
 from tsqp.wire.codec import Buffer
+
+_log = logging.getLogger(__name__)
 
 # The buffers that a rotary embedding registers in Hugging Face's model.
 _ROTARY_BUFFERS = ("model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq")
@@ -44,6 +47,9 @@ class LegacyDispatcher:
             return [self._carry_out(legacy.decode_request(frames[0]))]
         except (ProtocolError, InputError, DeviceMemoryError) as error:
             return [legacy.failure(str(error))]
+        except Exception:  # noqa: BLE001  a bug of ours must not end the worker for its other clients
+            _log.exception("request of the first protocol failed")
+            return [legacy.failure("the worker failed on this request; its log says how.")]
 
     def _carry_out(self, request: legacy.LegacyRequest) -> bytes:
         match request:
@@ -83,6 +89,8 @@ class LegacyDispatcher:
             return self._linears.embedding(x.reshape(-1)).cpu().view(*x.shape, -1)
         if module not in self._modules:
             raise InputError(f"no Linear or Embedding module is named {module!r}.")
+        if x.ndim == 0:
+            raise InputError(f"{module} expects at least one dimension, got a scalar.")
         group, member = self._modules[module]
         y_MN = self._linears.linear(group, x.reshape(-1, x.shape[-1]), member)
         return y_MN.cpu().view(*x.shape[:-1], y_MN.shape[-1])

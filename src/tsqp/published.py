@@ -1,0 +1,114 @@
+"""The published scripts: same commands, variables and lines of output as their users know.
+
+``tee_gpu/server.py`` calls ``server``; the two ``tee_runner.py`` call ``split_runner`` and ``local_runner``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from tsqp import config as settings
+from tsqp.cli.reporting import notes, progress, reported
+from tsqp.config import DEFAULT_PORT, EnclaveConfig, WorkerConfig
+from tsqp.threads import set_threads, share_cores
+
+if TYPE_CHECKING:
+    from tsqp.prefill import Runnable
+
+DEFAULT_ENDPOINT = f"localhost:{DEFAULT_PORT}"
+_RULE = "=" * 50
+
+
+def server() -> None:
+    """Start the worker as the environment says and serve until interrupted."""
+    typer.run(_serve)
+
+
+def _serve() -> None:
+    """Start the worker; its settings are environment variables (README.md)."""
+    with reported(as_json=False):
+        config = settings.load(WorkerConfig)
+        share_cores()
+        from tsqp.worker.startup import Progress, open_worker  # noqa: PLC0415  torch loads here
+
+        with progress() as step:
+            running = open_worker(config, Progress(lambda text: notes.print(escape(text)), step))
+        typer.echo(f"Model: {running.model}")
+        typer.echo(f"Device: {running.device}")
+        typer.echo(f"Dtype: {running.dtype}")
+        typer.echo(f"✓ Registered {running.modules} remote modules")
+        ports = [str(endpoint.port) for endpoint in running.endpoints if endpoint.scheme == "tcp"]
+        typer.echo(f"✓ ZeroMQ server started on port {', '.join(ports)}")
+        running.serve()
+
+
+def split_runner(tokens: int) -> None:
+    """Run the published prefill with its linear layers on the worker at ``LLAMA_GPU_ENDPOINT``.
+
+    Args:
+        tokens: the prompt's length unless ``--tokens`` gives another.
+    """
+    share_cores()
+    _run("open", tokens)
+
+
+def local_runner(tokens: int) -> None:
+    """Run the same prefill wholly in this process: the baseline.
+
+    Args:
+        tokens: the prompt's length unless ``--tokens`` gives another.
+    """
+    _run("local", tokens)
+
+
+def _run(level: str, default_tokens: int) -> None:
+    def command(
+        tokens: Annotated[int, typer.Option(help="Prompt length.")] = default_tokens,
+        batch: Annotated[int, typer.Option(help="Prompts run together: raises throughput.", min=1)] = 1,
+        dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="float32")] = None,
+    ) -> None:
+        """Measure a prefill as published."""
+        with reported(as_json=False):
+            config = settings.load(EnclaveConfig, {"dtype": dtype, "level": level})
+            _prefill(config, tokens, batch)
+
+    typer.run(command)
+
+
+def _prefill(config: EnclaveConfig, tokens: int, batch: int) -> None:
+    from tsqp.model.architecture import module_count, read_config  # noqa: PLC0415  torch loads here
+    from tsqp.model.locate import locate  # noqa: PLC0415
+    from tsqp.model.tokenizer import find_tokenizer  # noqa: PLC0415
+    from tsqp.prefill import prompt_ids, runnable  # noqa: PLC0415
+
+    set_threads(config.threads)
+    endpoint = config.worker or DEFAULT_ENDPOINT
+    with progress() as step:
+        directory = locate(config.model, lambda done: step("converting the model", done))
+        architecture = read_config(directory)
+        ids = prompt_ids(architecture, find_tokenizer(directory), None, tokens)
+        with runnable(config.level, directory, architecture, config, endpoint, on_step=step) as model:
+            if config.level == "open":
+                typer.echo(f"✓ Connected to server at {endpoint}")
+                typer.echo(f"✓ Found {module_count(architecture)} linear/embedding modules")
+            _benchmark(model, [ids] * batch)
+
+
+def _benchmark(model: Runnable, prompts: Sequence[Sequence[int]]) -> None:
+    import torch  # noqa: PLC0415
+
+    from tsqp.prefill import timed  # noqa: PLC0415
+
+    typer.echo("✓ Model setup complete")
+    ids_BT = torch.tensor(prompts)
+    timed(model, ids_BT)
+    run, _ = timed(model, ids_BT)
+    typer.echo(_RULE)
+    typer.echo(f"Token length: {ids_BT.shape[1]}" + (f" (batch of {len(prompts)})" if len(prompts) > 1 else ""))
+    typer.echo(f"Prefill time: {run.total_s:.4f} s")
+    typer.echo(f"Throughput: {ids_BT.numel() / run.total_s:.2f} tokens/s")
+    typer.echo(_RULE)

@@ -1,0 +1,59 @@
+"""Fixtures for all tests: a cache of their own, the bundled model, and real worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_checkpoint
+from transformers.utils import logging
+from workers import StartWorker, running_worker
+
+from tsqp.model.locate import BUNDLED, bundled_file, locate
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep converted models and digests away from the user's own cache; child processes inherit it."""
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TSQP_CACHE", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def bundled_gguf() -> Path:
+    return bundled_file()
+
+
+@pytest.fixture(scope="session")
+def bundled_directory(cache: Path, bundled_gguf: Path) -> Path:
+    directory = locate(BUNDLED)
+    assert directory.parent.parent == cache
+    assert directory.name.startswith(bundled_gguf.stem)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaMA without a tokenizer."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[StartWorker]:
+    """Start workers on demand; one process per model, transport and options serves the whole session."""
+    with ExitStack() as stack:
+        started: dict[tuple[object, ...], str] = {}
+
+        def start(directory: Path, scheme: str = "ipc", **options: str) -> str:
+            key = (directory, scheme, *sorted(options.items()))
+            if key not in started:
+                started[key] = stack.enter_context(running_worker(directory, scheme, **options))
+            return started[key]
+
+        yield start

@@ -1,0 +1,220 @@
+"""The command line: its JSON contract, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tiny_models import edit_json, tiny_checkpoint
+from typer.testing import CliRunner
+from workers import StartWorker, free_port
+
+from tsqp.cli import app
+from tsqp.reports import DoctorReport, ErrorReport, PrefillReport, schema
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process; return exit code, standard output and standard error."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+def report(*arguments: object) -> PrefillReport:
+    code, out, err = run("prefill", *arguments, "--json")
+    assert code == 0, err
+    return msgspec.json.decode(out, type=PrefillReport)
+
+
+@pytest.mark.parametrize("level", ["open", "local", "monolithic"])
+def test_prefill_prints_one_object_with_the_promised_fields(
+    worker: StartWorker, bundled_directory: Path, level: str
+) -> None:
+    where = ["--worker", worker(bundled_directory)] if level == "open" else []
+    options = ["--model", bundled_directory, "--level", level, "--prompt", "The capital of France is", "--repeat", 3]
+    code, out, err = run("prefill", *options, *where, "--json")
+    assert code == 0, err
+    assert out.count("\n") == 1
+    fields = json.loads(out)
+    assert set(fields) == set(schema()["$defs"]["PrefillReport"]["required"])
+    got = msgspec.json.decode(out, type=PrefillReport)
+    assert (got.level, got.tokens, got.batch, got.repeats, len(got.prefill_s_all)) == (level, 5, 1, 3, 3)
+    assert got.next_text == " Paris"
+    assert got.tokens_per_s == pytest.approx(5 / got.prefill_s)
+    assert got.enclave_s + got.worker_s + got.wire_s in [pytest.approx(each) for each in got.prefill_s_all]
+    assert got.round_trips == (122 if level == "open" else 0)
+
+
+def test_prefill_starts_and_stops_its_own_worker(tiny_llama: Path) -> None:
+    got = report("--model", tiny_llama, "--tokens", 7, "--batch", 3)
+    assert (got.tokens, got.batch, len(got.next_tokens), got.next_text) == (7, 3, 3, None)
+    assert got.worker_s > 0
+
+
+def test_a_prompt_is_cut_to_tokens(bundled_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("One two three four five six seven eight nine ten", encoding="utf-8")
+    got = report("--model", bundled_directory, "--level", "local", "--prompt-file", file, "--tokens", 4, "--repeat", 1)
+    assert got.tokens == 4
+
+
+def test_human_output_says_where_the_time_went(worker: StartWorker, tiny_llama: Path) -> None:
+    code, out, _ = run("prefill", "--model", tiny_llama, "--worker", worker(tiny_llama), "--tokens", 4)
+    assert code == 0
+    assert "enclave" in out
+    assert "14 round trips" in out
+
+
+def test_committed_schema_is_the_one_in_force() -> None:
+    committed = json.loads((ROOT / "docs" / "json-schema.json").read_text(encoding="utf-8"))
+    assert committed == schema(), "run 'make schema'"
+
+
+def test_doctor_reports_and_fails_on_a_missing_model(tiny_llama: Path, tmp_path: Path) -> None:
+    code, out, _ = run("doctor", "--model", tiny_llama, "--json")
+    good = msgspec.json.decode(out, type=DoctorReport)
+    assert (code, good.ok) == (0, True)
+    names = {check.name for check in good.checks}
+    assert names == {"python", "torch", "cuda", "model", "memory", "port", "shared memory", "sgx", "gramine"}
+    code, out, _ = run("doctor", "--model", tmp_path / "none", "--json")
+    bad = msgspec.json.decode(out, type=DoctorReport)
+    assert (code, bad.ok) == (3, False)
+    assert "does not exist" in next(check.advice for check in bad.checks if check.name == "model")
+
+
+def _without_shard(directory: Path) -> None:
+    sorted(directory.glob("model-*.safetensors"))[1].unlink()
+
+
+def _of_another_kind(directory: Path) -> None:
+    edit_json(directory / "config.json", lambda config: config.update(model_type="mamba"))
+
+
+def _deeper(directory: Path) -> None:
+    edit_json(directory / "config.json", lambda config: config.update(num_hidden_layers=4))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing-shard": (_without_shard, "has no file 'model-00002-of-"),
+    "another-kind": (_of_another_kind, "'mamba'"),
+    "missing-tensor": (_deeper, "has no tensor 'model.layers.3."),
+}
+
+
+@pytest.mark.parametrize(("break_it", "message"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("command", [("prefill", "--level", "local"), ("worker",)], ids=["prefill", "worker"])
+def test_broken_models_are_named(
+    tmp_path: Path, command: tuple[str, ...], break_it: Callable[[Path], None], message: str
+) -> None:
+    directory = tiny_checkpoint(tmp_path / "model", max_shard_size="20KB")
+    break_it(directory)
+    listen = ("--listen", f"127.0.0.1:{free_port()}") if command[0] == "worker" else ()
+    code, out, err = run(*command, *listen, "--model", directory, "--json")
+    assert code == 3
+    assert message in err
+    assert message in msgspec.json.decode(out, type=ErrorReport).error.message
+
+
+MISTAKES: dict[str, tuple[list[object], int, str]] = {
+    "no-model": (["--model", "/no/such/model"], 3, "'/no/such/model' does not exist"),
+    "dtype": (["--dtype", "float8"], 3, "unknown dtype 'float8': expected one of float32, float16, bfloat16"),
+    "level": (["--level", "secret"], 3, "unknown level 'secret': expected one of open, local, monolithic"),
+    "url": (["--worker", "carrier-pigeon://x"], 3, "unknown scheme 'carrier-pigeon'"),
+    "port": (["--worker", "localhost:99999"], 3, "port from 1 to 65535"),
+    "too-long": (["--level", "local", "--tokens", 5000], 3, "this model takes 1 to 1024"),
+    "no-tokens": (["--level", "local", "--tokens", 0], 3, "0 tokens"),
+    "batch": (["--batch", 0], 3, "--batch 0"),
+    "repeat": (["--level", "local", "--repeat", 0], 3, "--repeat 0"),
+    "threads": (["--level", "local", "--threads", 0], 3, "threads 0"),
+    "no-tokenizer": (["--level", "local", "--prompt", "hello"], 3, "no tokenizer.json"),
+    "both-prompts": (["--prompt", "a", "--prompt-file", "b"], 3, "not both"),
+    "no-prompt-file": (["--prompt-file", "/no/such/file"], 3, "cannot read /no/such/file"),
+    "unknown-option": (["--speed", "11"], 2, "No such option"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_get_one_sentence(tiny_llama: Path, arguments: list[object], code: int, message: str) -> None:
+    model = [] if "--model" in arguments else ["--model", tiny_llama]
+    got, out, err = run("prefill", *model, *arguments)
+    assert got == code
+    assert message in err
+    assert not out
+    assert "Traceback" not in err
+
+
+def test_prompt_file_that_is_not_text(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "binary"
+    file.write_bytes(b"abc\xff\xfe")
+    code, _, err = run("prefill", "--model", tiny_llama, "--prompt-file", file)
+    assert code == 3
+    assert "not UTF-8" in err
+
+
+def test_settings_come_from_flag_then_environment_then_file(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tsqp.toml"
+    file.write_text(f'[enclave]\nmodel = "{tiny_llama}"\nlevel = "local"\ndtype = "float16"\n', encoding="utf-8")
+    monkeypatch.setenv("TSQP_CONFIG", str(file))
+    assert report("--tokens", 3, "--repeat", 1).dtype == "float16"
+    monkeypatch.setenv("LLAMA_DTYPE", "bfloat16")
+    assert report("--tokens", 3, "--repeat", 1).dtype == "bfloat16"
+    assert report("--tokens", 3, "--repeat", 1, "--dtype", "float32").dtype == "float32"
+
+
+def test_an_unknown_variable_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSQP_LEVLE", "local")
+    code, _, err = run("prefill", "--model", tiny_llama)
+    assert code == 3
+    assert "TSQP_LEVLE is not a TSQP setting" in err
+
+
+def test_a_port_in_use_is_named(worker: StartWorker, tiny_llama: Path) -> None:
+    address = worker(tiny_llama, "tcp")
+    code, _, err = run("worker", "--model", tiny_llama, "--listen", address)
+    assert code == 3
+    assert f"port {address.rpartition(':')[2]} is already in use" in err
+
+
+def test_a_worker_that_cannot_start_is_reported_by_prefill(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_GPU_DEVICE", "cuda:99")
+    code, _, err = run("prefill", "--model", tiny_llama, "--tokens", 4)
+    assert code == 3
+    assert "the local worker did not start: device cuda:99 was asked for" in err
+
+
+@pytest.mark.parametrize("command", ["worker", "prefill", "bench", "doctor"])
+def test_help_is_useful_and_quick_to_ask_for(command: str) -> None:
+    """Help must not load torch: it is what people type first."""
+    code = (
+        "import sys; from tsqp.cli import main\n"
+        f"sys.argv = ['tsqp', '{command}', '--help']\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--json" in done.stdout
+
+
+def test_json_of_every_command_is_described() -> None:
+    described: dict[str, Any] = schema()["$defs"]
+    assert {"WorkerReady", "PrefillReport", "BenchReport", "DoctorReport", "ErrorReport"} <= set(described)
+    assert all("description" in described[name] for name in described)
+
+
+def test_messages_are_not_read_as_markup(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "odd.toml"
+    file.write_text('["[/b]bold"]\n', encoding="utf-8")
+    monkeypatch.setenv("TSQP_CONFIG", str(file))
+    code, _, err = run("prefill", "--model", tiny_llama)
+    assert code == 3
+    assert "unknown table [[/b]bold]" in err

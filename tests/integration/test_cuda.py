@@ -1,0 +1,80 @@
+"""The worker on a GPU. Skipped, saying so, where there is none; recorded in benchmarks/results when run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import assert_same_logits, load_llama, random_ids, reference_from, reference_logits, tiny_checkpoint
+from workers import linked, running_worker
+
+from tsqp.config import EnclaveConfig
+from tsqp.errors import DeviceMemoryError, InputError
+from tsqp.model.architecture import read_config
+from tsqp.model.linears import Linears, memory_errors
+from tsqp.model.llama import Llama
+from tsqp.model.weights import Checkpoint
+from tsqp.wire import codec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+def test_float32_logits_are_those_of_transformers(tmp_path: Path, scheme: str) -> None:
+    directory = tiny_checkpoint(tmp_path / "model", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    ids_BT = random_ids(2, 200)
+    with running_worker(directory, scheme, device="cuda:0") as url, linked(url, directory) as link:
+        assert link.welcome.device == "cuda:0"
+        logits_BTV = Llama(read_config(directory), link.ops).prefill(ids_BT, all_logits=True)
+        offloaded = Llama(read_config(directory), link.ops, offload_attention=True)
+        assert_same_logits(offloaded.prefill(ids_BT, all_logits=True), logits_BTV)
+    assert_same_logits(logits_BTV, reference_logits(reference_from(directory), ids_BT))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_agrees_with_the_cpu(tmp_path: Path, dtype: str) -> None:
+    """Both round to the same dtype at the same places; sums differ in order, then by a unit in the last place."""
+    directory = tiny_checkpoint(tmp_path / "model")
+    ids_BT = random_ids(1, 64)
+    with (
+        running_worker(directory, device="cuda:0", dtype=dtype) as url,
+        linked(url, directory, EnclaveConfig(dtype=dtype)) as link,
+    ):
+        gpu_BTV = Llama(read_config(directory), link.ops).prefill(ids_BT, all_logits=True)
+    cpu_BTV = load_llama(directory, codec.TORCH_DTYPES[dtype]).prefill(ids_BT, all_logits=True)
+    worst = ((gpu_BTV - cpu_BTV).abs().amax(-1) / cpu_BTV.abs().amax(-1)).max().item()
+    assert worst < 16 * torch.finfo(codec.TORCH_DTYPES[dtype]).eps
+
+
+def test_a_full_gpu_is_a_clear_error_and_the_worker_goes_on(tmp_path: Path) -> None:
+    """A product larger than any GPU's memory: 2^19 x 2^19 floats are a terabyte."""
+    directory = tiny_checkpoint(tmp_path / "model")
+    with running_worker(directory, device="cuda:0") as url, linked(url, directory) as link:
+        with pytest.raises(DeviceMemoryError, match=r"cuda:0 is out of memory during matmul"):
+            link.ops.matmul(torch.zeros(1 << 19, 1), torch.zeros(1, 1 << 19))
+        assert link.ops.linear("head", torch.zeros(1, 48)).shape == (1, 101)
+
+
+def test_loading_onto_a_full_gpu_is_a_clear_error(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path / "model", vocab_size=1 << 16, hidden_size=480)
+    free, _ = torch.cuda.mem_get_info(CUDA)
+    with memory_errors("filling", CUDA):
+        block = torch.empty(free - (64 << 20), dtype=torch.uint8, device=CUDA)
+    try:
+        with pytest.raises(DeviceMemoryError, match="during loading"):
+            Linears(read_config(directory), Checkpoint(directory), torch.float32, CUDA)
+    finally:
+        del block
+        torch.cuda.empty_cache()
+
+
+def test_ids_outside_the_vocabulary_do_not_poison_the_gpu(tmp_path: Path) -> None:
+    """An index out of range on the GPU would end its context for every client: it is refused on the CPU."""
+    directory = tiny_checkpoint(tmp_path / "model")
+    with running_worker(directory, device="cuda:0") as url, linked(url, directory) as link:
+        with pytest.raises(InputError, match="outside the vocabulary"):
+            link.ops.embedding(torch.tensor([10**6]))
+        assert link.ops.embedding(torch.tensor([1])).shape == (1, 48)

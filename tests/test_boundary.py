@@ -1,0 +1,187 @@
+"""The trust boundary as imports: who may know whom, and what nobody may use. Reads source, imports nothing."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src"
+
+# Neither side may reach the other, and what both share reaches neither.
+FORBIDDEN = {
+    "tsqp.enclave": ("tsqp.worker",),
+    "tsqp.worker": ("tsqp.enclave", "tsqp.bench", "tsqp.cli", "tsqp.prefill"),
+    "tsqp.wire": ("tsqp.enclave", "tsqp.worker"),
+    "tsqp.transport": ("tsqp.enclave", "tsqp.worker"),
+    "tsqp.model": ("tsqp.enclave", "tsqp.worker"),
+}
+# They run or build objects from data.
+UNSAFE_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+UNSAFE_CALLS = ("torch.load", "eval", "exec", "__import__", "importlib.import_module")
+
+
+def read_sources() -> dict[str, str]:
+    sources = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        # A package's own relative imports start from itself, a module's from its package.
+        sources[f"{name}.__init__" if parts[-1] == "__init__" else name] = path.read_text(encoding="utf-8")
+    return sources
+
+
+SOURCES = read_sources()
+
+
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def imported_names(module: str, source: str) -> Iterator[str]:
+    """Yield every dotted name that a module imports, at any depth, in functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            yield origin
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Map each module to the modules that importing it runs; packages are named ``package.__init__``."""
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        graph[module] = set()
+        for name in imported_names(module, source):
+            parts = name.split(".")
+            prefixes = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+            graph[module] |= {known for prefix in prefixes for known in (prefix, f"{prefix}.__init__")} & set(sources)
+    return graph
+
+
+def paths_from(graph: Mapping[str, set[str]], start: str) -> dict[str, list[str]]:
+    """Return a shortest chain of imports from ``start`` to each module it reaches."""
+    chains = {start: [start]}
+    queue = [start]
+    for module in queue:
+        for target in sorted(graph[module] - chains.keys()):
+            chains[target] = [*chains[module], target]
+            queue.append(target)
+    return chains
+
+
+def violations(sources: Mapping[str, str]) -> list[str]:
+    graph = import_graph(sources)
+    return [
+        " -> ".join(chain)
+        for package, banned in FORBIDDEN.items()
+        for module in graph
+        if inside(module, package)
+        for target, chain in paths_from(graph, module).items()
+        if any(inside(target, other) for other in banned)
+    ]
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def unsafe_uses(module: str, source: str) -> list[str]:
+    """List imports, calls and statements that nobody may use."""
+    names = set(imported_names(module, source))
+    found = [name for name in names if name.split(".")[0] in UNSAFE_MODULES or name in UNSAFE_CALLS]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert):
+            found.append(f"assert in line {node.lineno}")
+        elif isinstance(node, ast.Call) and dotted(node.func) in UNSAFE_CALLS:
+            found.append(f"{dotted(node.func)} in line {node.lineno}")
+        elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and not is_false(node.value):
+            found.append(f"trust_remote_code in line {node.value.lineno}")
+        elif isinstance(node, ast.Constant) and node.value == "trust_remote_code":
+            found.append(f"trust_remote_code in line {node.lineno}")
+    return found
+
+
+def is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def test_the_packages_the_rules_name_exist() -> None:
+    assert {f"{package}.__init__" for package in FORBIDDEN} <= SOURCES.keys()
+
+
+def test_the_import_graph_sees_known_imports() -> None:
+    graph = import_graph(SOURCES)
+    assert "tsqp.enclave.session" in graph["tsqp.enclave.remote_ops"]
+    assert "tsqp.wire.codec" in graph["tsqp.worker.dispatch"]
+    assert "tsqp.errors" in paths_from(graph, "tsqp.worker.server")
+
+
+def test_the_sides_of_the_boundary_do_not_import_each_other() -> None:
+    assert violations(SOURCES) == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_nothing_unsafe_is_used(module: str) -> None:
+    assert unsafe_uses(module, SOURCES[module]) == []
+
+
+EMPTY = {f"{package}.__init__": "" for package in ("tsqp", *FORBIDDEN)}
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"tsqp.enclave.a": "import tsqp.worker.b", "tsqp.worker.b": ""},
+        {"tsqp.enclave.a": "from tsqp.worker import b", "tsqp.worker.b": ""},
+        {"tsqp.enclave.a": "from tsqp import worker"},
+        {"tsqp.enclave.a": "from ..worker import b", "tsqp.worker.b": ""},
+        {"tsqp.enclave.__init__": "from ..worker import b", "tsqp.worker.b": ""},
+        {"tsqp.enclave.a": "def f():\n    from tsqp.worker.b import c", "tsqp.worker.b": ""},
+        {"tsqp.worker.a": "import tsqp.shared", "tsqp.shared": "from tsqp.enclave import b", "tsqp.enclave.b": ""},
+        {"tsqp.wire.a": "if True:\n    import tsqp.enclave"},
+        {"tsqp.worker.a": "import tsqp.prefill", "tsqp.prefill": ""},
+        {"tsqp.model.a": "import tsqp.other.deep", "tsqp.other.__init__": "import tsqp.worker", "tsqp.other.deep": ""},
+    ],
+)
+def test_the_check_finds_each_kind_of_violation(sources: dict[str, str]) -> None:
+    assert violations(EMPTY | sources)
+
+
+def test_the_check_accepts_what_is_allowed() -> None:
+    sources = {
+        "tsqp.bench.a": "import tsqp.enclave, tsqp.worker",
+        "tsqp.enclave.a": "from tsqp.wire import b\nfrom . import c",
+        "tsqp.enclave.c": "",
+        "tsqp.wire.b": "",
+        "tsqp.workers": "",
+        "tsqp.model.a": "import tsqp.workers",
+    }
+    assert violations(EMPTY | sources) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import pickle as p",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "f(trust_remote_code=True)",
+        "f(trust_remote_code=flag)",
+        "f(**{'trust_remote_code': True})",
+        "assert True",
+        "eval('1')",
+        "import importlib\nimportlib.import_module('pickle')",
+    ],
+)
+def test_the_check_finds_each_unsafe_use(source: str) -> None:
+    assert unsafe_uses("tsqp.x", source)

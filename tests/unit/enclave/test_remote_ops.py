@@ -1,0 +1,173 @@
+"""``OpenOps``: what the worker is sent, what is accepted from it, and every wrong tensor refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsqp.enclave.remote_ops import OpenOps
+from tsqp.enclave.session import Session
+from tsqp.errors import ProtocolError
+from tsqp.model.architecture import norm_shapes, parse_config
+from tsqp.transport.base import Buffer
+from tsqp.wire import codec, messages
+from tsqp.wire.codec import RequestFrames
+from tsqp.wire.messages import AnyReply, TensorSpec
+
+CONFIG = parse_config(
+    {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    },
+    "test",
+)
+Answer = Callable[[RequestFrames], list[bytes]]
+
+
+class AnsweringTransport:
+    """A worker in memory that answers each request with a function."""
+
+    peer = "gpu.example:50051"
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.asked: list[RequestFrames] = []
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        # Copied, as a real link would: the caller may reuse its buffers once the reply has come.
+        self.asked.append(codec.decode_request([bytes(frame) for frame in frames]))
+
+    def receive(self, timeout_s: float) -> list[Buffer]:
+        assert timeout_s > 0
+        return list(self.answer(self.asked[-1]))
+
+    def close(self) -> None:
+        pass
+
+
+def packed(reply: AnyReply, *tensors: Tensor) -> list[bytes]:
+    return [messages.encode(reply), *(bytes(codec.frame_of(x)) for x in tensors)]
+
+
+def answering(y: Tensor, spec: TensorSpec | None = None, copies: int = 1) -> Answer:
+    """Answer with a tensor, under its own spec or a false one."""
+    reply_spec = spec or codec.spec_of(y)
+    return lambda request: packed(messages.Result(id=request.header.id, y=reply_spec, compute_ns=1), *[y] * copies)
+
+
+def ops_with(answer: Answer, wire_dtype: torch.dtype = torch.float32) -> tuple[OpenOps, AnsweringTransport]:
+    worker = AnsweringTransport(answer)
+    return OpenOps(Session(worker, 30.0), CONFIG, wire_dtype), worker
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_linear_sends_the_group_and_activations_in_the_wire_dtype(dtype: torch.dtype) -> None:
+    y_MN = torch.arange(24.0).view(1, 24).to(dtype)
+    ops, worker = ops_with(answering(y_MN), dtype)
+    x_MK = torch.arange(8.0).view(8, 1).T
+    came = ops.linear("layers.0.qkv", x_MK)
+    assert came.dtype == torch.float32
+    assert torch.equal(came, y_MN.float())
+    (asked,) = worker.asked
+    assert asked.header == messages.Linear(id=1, group="layers.0.qkv", x=TensorSpec(codec.dtype_name(dtype), (1, 8)))
+    assert torch.equal(asked.tensors[0], x_MK.to(dtype))
+
+
+def test_embedding_sends_ids_and_asks_for_the_wire_dtype() -> None:
+    y_MD = torch.arange(24.0).view(3, 8).half()
+    ops, worker = ops_with(answering(y_MD), torch.float16)
+    ids_M = torch.tensor([3, 9, 1, 9, 31])[::2]
+    assert torch.equal(ops.embedding(ids_M), y_MD.float())
+    (asked,) = worker.asked
+    assert asked.header == messages.Embedding(id=1, ids=TensorSpec("int64", (3,)), dtype="float16")
+    assert asked.tensors[0].tolist() == [3, 1, 31]
+
+
+def test_matmul_sends_both_operands_in_row_order() -> None:
+    y = torch.arange(20.0).view(2, 2, 5)
+    ops, worker = ops_with(answering(y))
+    a, b = torch.rand(2, 3, 2).transpose(1, 2), torch.rand(2, 5, 3).transpose(1, 2)
+    assert torch.equal(ops.matmul(a, b), y)
+    (asked,) = worker.asked
+    assert asked.header == messages.MatMul(id=1, a=TensorSpec("float32", (2, 2, 3)), b=TensorSpec("float32", (2, 3, 5)))
+    assert torch.equal(asked.tensors[0], a)
+    assert torch.equal(asked.tensors[1], b)
+
+
+HONEST = torch.zeros(2, 24)
+HOSTILE: dict[str, Answer] = {
+    "one row short": answering(torch.zeros(1, 24)),
+    "one column more": answering(torch.zeros(2, 25)),
+    "transposed": answering(torch.zeros(24, 2)),
+    "flat": answering(torch.zeros(48)),
+    "extra axis": answering(torch.zeros(1, 2, 24)),
+    "other dtype": answering(HONEST.half()),
+    "other dtype of equal size": answering(torch.zeros(2, 12, dtype=torch.int64), TensorSpec("int64", (2, 12))),
+    "short frame": answering(torch.zeros(47), TensorSpec("float32", (2, 24))),
+    "long frame": answering(torch.zeros(49), TensorSpec("float32", (2, 24))),
+    "empty frame": answering(torch.zeros(0), TensorSpec("float32", (2, 24))),
+    "no frame": answering(HONEST, copies=0),
+    "two frames": answering(HONEST, copies=2),
+    "a huge promise": answering(HONEST, TensorSpec("float32", (2**31, 2**31))),
+    "another kind": lambda request: packed(messages.StateResult(id=request.header.id, names=(), tensors=()), HONEST),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_product_is_refused(name: str) -> None:
+    ops, _ = ops_with(HOSTILE[name])
+    with pytest.raises(ProtocolError, match=r"linear layers\.0\.qkv (from|at) gpu\.example:50051"):
+        ops.linear("layers.0.qkv", torch.zeros(2, 8))
+
+
+def test_embedding_and_matmul_refuse_other_shapes_too() -> None:
+    ops, _ = ops_with(answering(torch.zeros(3, 9)))
+    with pytest.raises(ProtocolError, match=r"embedding from gpu.*expected float32 \[3, 8\], got float32 \[3, 9\]"):
+        ops.embedding(torch.tensor([1, 2, 3]))
+    with pytest.raises(ProtocolError, match=r"matmul from gpu.*expected float32 \[3, 5\], got float32 \[3, 9\]"):
+        ops.matmul(torch.zeros(3, 2), torch.zeros(2, 5))
+
+
+def state_answer(state: dict[str, Tensor]) -> Answer:
+    specs = tuple(map(codec.spec_of, state.values()))
+    return lambda request: packed(
+        messages.StateResult(id=request.header.id, names=tuple(state), tensors=specs), *state.values()
+    )
+
+
+def honest_state() -> dict[str, Tensor]:
+    return {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(norm_shapes(CONFIG).items())}
+
+
+def test_state_returns_the_norm_weights() -> None:
+    ops, worker = ops_with(state_answer(honest_state()))
+    came = ops.state()
+    assert worker.asked[0].header == messages.State(id=1)
+    assert came.keys() == norm_shapes(CONFIG).keys()
+    assert all(torch.equal(came[name], value) for name, value in honest_state().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("model.norm.weight"),
+        lambda state: state.update({"model.extra.weight": torch.zeros(8)}),
+        lambda state: state.update({"model.norm.weight": torch.zeros(9)}),
+        lambda state: state.update({"model.norm.weight": torch.zeros(1, 8)}),
+        lambda state: state.update({"model.norm.weight": torch.zeros(8).half()}),
+    ],
+    ids=["missing", "extra", "longer", "extra axis", "other dtype"],
+)
+def test_a_hostile_state_is_refused(change: Callable[[dict[str, Tensor]], object]) -> None:
+    state = honest_state()
+    change(state)
+    ops, _ = ops_with(state_answer(state))
+    with pytest.raises(ProtocolError, match=r"gpu\.example:50051: not the norm weights of this model"):
+        ops.state()

@@ -1,0 +1,131 @@
+"""The non-linear layers against their formulas in float64 and against transformers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import LLAMA3_ROPE, tiny_reference
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from tsqp.model.architecture import LlamaConfig, RopeParameters, parse_config
+from tsqp.model.layers import RotaryTable, rms_norm, rope_frequencies, rotate, swiglu
+
+# A handful of float32 roundings, each at most 2^-24 relative.
+FEW_ROUNDINGS = 16 * 2.0**-24
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "large-theta": {"rope_type": "default", "rope_theta": 5e5},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "llama3": LLAMA3_ROPE,
+    "llama3.1": {**LLAMA3_ROPE, "original_max_position_embeddings": 8192},
+    "llama3.2": {**LLAMA3_ROPE, "factor": 32.0, "original_max_position_embeddings": 8192},
+}
+
+
+def config_with(rope: dict[str, Any], head_size: int = 16) -> LlamaConfig:
+    raw = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 9}
+    return parse_config({**raw, "num_attention_heads": 2, "head_dim": head_size, "rope_parameters": rope}, "x")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.5])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_rms_norm(eps: float, scale: float) -> None:
+    x_BTD, weight_D = scale * randn(2, 5, 64), 1 + randn(64, seed=1)
+    exact = x_BTD.double() / (x_BTD.double().square().mean(-1, keepdim=True) + eps).sqrt() * weight_D.double()
+    torch.testing.assert_close(rms_norm(x_BTD, weight_D, eps).double(), exact, rtol=FEW_ROUNDINGS, atol=0)
+
+
+def test_rms_norm_of_zero_is_zero() -> None:
+    assert torch.equal(rms_norm(torch.zeros(1, 1, 8), torch.ones(8), 1e-5), torch.zeros(1, 1, 8))
+
+
+def test_swiglu() -> None:
+    gate_BTF, up_BTF = 4 * randn(2, 5, 24), randn(2, 5, 24, seed=1)
+    exact = gate_BTF.double() / (1 + (-gate_BTF.double()).exp()) * up_BTF.double()
+    ours = swiglu(torch.cat((gate_BTF, up_BTF), dim=-1))
+    torch.testing.assert_close(ours.double(), exact, rtol=FEW_ROUNDINGS, atol=0)
+
+
+def test_swiglu_of_extremes_is_finite() -> None:
+    gate = torch.tensor([[[-1e4, 1e4, 0.0]]])
+    assert swiglu(torch.cat((gate, torch.ones(1, 1, 3)), dim=-1)).tolist() == [[[0.0, 1e4, 0.0]]]
+
+
+@pytest.mark.parametrize("head_size", [2, 16, 64, 128])
+@pytest.mark.parametrize("rope", [pytest.param(rope, id=name) for name, rope in ROPES.items()])
+def test_frequencies_are_those_of_transformers(rope: dict[str, Any], head_size: int) -> None:
+    reference = tiny_reference(
+        head_dim=head_size, num_hidden_layers=1, rope_parameters=rope, max_position_embeddings=9000
+    )
+    theirs = reference.model.rotary_emb.inv_freq
+    torch.testing.assert_close(rope_frequencies(config_with(rope, head_size)), theirs, rtol=FEW_ROUNDINGS, atol=0)
+
+
+def test_llama3_branches() -> None:
+    """Meta's rule, pair by pair: short wavelengths kept, long ones divided, those between interpolated."""
+    rope = RopeParameters(theta=5e5, kind="llama3", factor=8.0, original_context_length=512)
+    config = config_with(LLAMA3_ROPE)
+    assert config.rope == rope
+    branches = set()
+    for i, frequency in enumerate(rope_frequencies(config).tolist()):
+        plain = 5e5 ** (-2 * i / 16)
+        turns = 512 * plain / (2 * math.pi)
+        if turns > 4:
+            branch, expected = "kept", plain
+        elif turns < 1:
+            branch, expected = "divided", plain / 8
+        else:
+            smooth = (turns - 1) / 3
+            branch, expected = "between", (1 - smooth) * plain / 8 + smooth * plain
+        branches.add(branch)
+        assert frequency == pytest.approx(expected, rel=1e-6)
+    assert branches == {"kept", "divided", "between"}
+
+
+def test_rotate_is_that_of_transformers() -> None:
+    reference = tiny_reference(head_dim=16, num_hidden_layers=1, rope_parameters=LLAMA3_ROPE)
+    q_BTNH, k_BTGH = randn(2, 30, 4, 16), randn(2, 30, 2, 16, seed=1)
+    cos, sin = reference.model.rotary_emb(q_BTNH, torch.arange(30)[None])
+    q_theirs, k_theirs = apply_rotary_pos_emb(q_BTNH.transpose(1, 2), k_BTGH.transpose(1, 2), cos, sin)
+    table = RotaryTable(config_with(LLAMA3_ROPE)).upto(30)
+    torch.testing.assert_close(rotate(q_BTNH, *table), q_theirs.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotate(k_BTGH, *table), k_theirs.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
+    config = config_with(ROPES["default"])
+    cos_TH, sin_TH = RotaryTable(config).upto(40)
+    q_H, k_H = randn(16), randn(16, seed=1)
+    q_THH = rotate(q_H.expand(1, 40, 1, 16), cos_TH, sin_TH)[0, :, 0]
+    k_THH = rotate(k_H.expand(1, 40, 1, 16), cos_TH, sin_TH)[0, :, 0]
+    torch.testing.assert_close(q_THH.norm(dim=-1), q_H.norm().expand(40), rtol=1e-5, atol=0)
+    scores = q_THH @ k_THH.T
+    for distance in (0, 1, 7):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-3, atol=1e-4)
+
+
+def test_rotate_leaves_its_input_alone() -> None:
+    x_BTNH = randn(1, 4, 2, 16)
+    before = x_BTNH.clone()
+    rotate(x_BTNH, *RotaryTable(config_with(ROPES["default"])).upto(4))
+    assert torch.equal(x_BTNH, before)
+
+
+def test_table_grows_and_shrinks_without_changing() -> None:
+    config = config_with(LLAMA3_ROPE)
+    whole_cos, whole_sin = RotaryTable(config).upto(100)
+    table = RotaryTable(config)
+    for tokens in (3, 100, 7, 1):
+        cos, sin = table.upto(tokens)
+        assert torch.equal(cos, whole_cos[:tokens])
+        assert torch.equal(sin, whole_sin[:tokens])

@@ -1,0 +1,44 @@
+"""Real worker processes for tests, and links to them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tsqp.config import EnclaveConfig
+from tsqp.enclave.connect import Link, connect
+from tsqp.launch import local_worker
+from tsqp.model.architecture import read_config, weight_shapes
+from tsqp.model.digest import model_digest
+from tsqp.model.weights import Checkpoint
+
+StartWorker = Callable[..., str]
+
+
+@contextmanager
+def running_worker(directory: Path, scheme: str = "ipc", **options: str) -> Iterator[str]:
+    """Run a worker process with further options (``dtype="bfloat16"``); yield its ipc or tcp address."""
+    flags = [part for name, value in {"device": "cpu", **options}.items() for part in (f"--{name}", value)]
+    tcp = f"127.0.0.1:{free_port()}"
+    with local_worker(["--model", str(directory), "--listen", tcp, *flags]) as ipc:
+        yield tcp if scheme == "tcp" else ipc
+
+
+@contextmanager
+def linked(url: str, directory: Path, config: EnclaveConfig | None = None) -> Iterator[Link]:
+    """Connect to a worker as the enclave does, with the model in ``directory``."""
+    architecture = read_config(directory)
+    checkpoint = Checkpoint(directory)
+    checkpoint.require(weight_shapes(architecture))
+    with connect(url, config or EnclaveConfig(), architecture, model_digest(architecture, checkpoint)) as link:
+        yield link
+
+
+def free_port() -> int:
+    """Return a tcp port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
