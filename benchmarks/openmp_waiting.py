@@ -55,7 +55,7 @@ def measure(turns: int) -> dict[str, Any]:
         "commit": hardware.commit(),
         "command": f"python benchmarks/openmp_waiting.py --turns {turns}",
         "hardware": msgspec.to_builtins(hardware.describe()),
-        "what": "smollm2, prefill of 128 tokens, float32, worker over ipc; both processes under the same setting",
+        "what": "smollm2, prefill of 128 tokens, float32, worker over shm; both processes under the same setting",
         "median_ms": {
             level: {name: round(statistics.median(seconds) * 1e3, 1) for name, seconds in rows.items()}
             for level, rows in taken.items()

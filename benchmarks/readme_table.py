@@ -17,23 +17,27 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "images" / "prefill.svg"
 BLOCK = re.compile(r"(<!-- table:prefill -->\n).*?(<!-- /table -->)", re.DOTALL)
-SHOWN = ("open", "local", "monolithic", "legacy")
+SHOWN = ("open", "open-ipc", "local", "monolithic", "legacy", "legacy-matmul")
 MEANING = {
     "README.md": {
         "head": ("", "time", "/ monolithic", "round trips", "KB per token"),
-        "open": "`open`: split, worker over ipc",
+        "open": "`open`: split, worker over shared memory",
+        "open-ipc": "`open`: split, worker over ipc",
         "local": "`local`: same engine, one process",
         "monolithic": "`monolithic`: transformers",
-        "legacy": "published client, same worker",
+        "legacy": "first published client, same worker",
+        "legacy-matmul": "the same with its attention products on the worker",
         "note": "Prefill of {tokens} tokens, {dtype}, bundled model; {cpu}, {cores} cores shared by all processes, "
         "{threads} threads each; medians of {rounds} turns in one run (`{command}`, {date}).",
     },
     "README.zh-CN.md": {
         "head": ("", "时间", "/ monolithic", "往返次数", "每 token KB"),
-        "open": "`open`：拆分，worker 走 ipc",
+        "open": "`open`：拆分，worker 走共享内存",
+        "open-ipc": "`open`：拆分，worker 走 ipc",
         "local": "`local`：同一引擎，单进程",
         "monolithic": "`monolithic`：transformers",
-        "legacy": "已发布的旧客户端，同一 worker",
+        "legacy": "最早发布的客户端，同一 worker",
+        "legacy-matmul": "同上，注意力乘法也在 worker 上",
         "note": "预填充 {tokens} 个 token，{dtype}，自带模型；{cpu}，所有进程共用 {cores} 核，每进程 {threads} 线程；"
         "同一次运行中 {rounds} 轮的中位数（`{command}`，{date}）。",
     },
@@ -84,14 +88,14 @@ def draw(report: BenchReport) -> None:
     """Draw time by part, one bar per row of the table."""
     variants = shown_variants(report)
     plt.rcParams.update({"svg.hashsalt": "tsqp", "font.size": 11, "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(7.2, 2.6))
+    figure, axes = plt.subplots(figsize=(7.2, 3.2))
     names = list(reversed(variants))
     for name in names:
         variant = variants[name]
         if variant.worker_s:
             parts = [("enclave", variant.enclave_s), ("worker", variant.worker_s), ("wire", variant.wire_s)]
         else:
-            parts = [("not split", variant.median_s)]
+            parts = [("all parts", variant.median_s)]
         left = 0.0
         for part, seconds in parts:
             axes.barh(name, seconds * 1e3, left=left, color=COLOURS[part], label=part, height=0.62)
@@ -100,7 +104,7 @@ def draw(report: BenchReport) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     order = [part for part in COLOURS if part in unique]
-    axes.legend([unique[part] for part in order], order, loc="lower right", frameon=False)
+    axes.legend([unique[part] for part in order], order, loc="upper right", frameon=False)
     axes.set_xlabel(f"prefill of {report.tokens} tokens, milliseconds (median)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
@@ -110,7 +114,7 @@ def draw(report: BenchReport) -> None:
     figure.savefig(PICTURE, metadata={"Date": None}, facecolor="white")
 
 
-COLOURS = {"enclave": "#33638d", "worker": "#c98b1b", "wire": "#8a8a8a", "not split": "#6aa27f"}
+COLOURS = {"enclave": "#33638d", "worker": "#c98b1b", "wire": "#8a8a8a", "all parts": "#6aa27f"}
 
 
 def main() -> None:

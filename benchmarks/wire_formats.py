@@ -17,9 +17,12 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import AbstractContextManager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -32,6 +35,9 @@ import zmq
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from tsqp.bench import hardware
+from tsqp.transport.client import open_client
+from tsqp.transport.server import Server
+from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec, messages
 
 SIZES = {"4 KB": 1 << 12, "1.5 MB": 128 * 3072 * 4, "8 MB": 1 << 23}
@@ -81,16 +87,24 @@ def from_json(raw: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(message["data"])), dtype=torch.float32).view(*message["shape"])
 
 
-def serve_frames(port: int) -> None:
+def endpoints(port: int) -> dict[str, Endpoint]:
+    """Where protocol 3 is served."""
+    return {
+        "tcp": parse(f"127.0.0.1:{port}"),
+        "shm": parse(f"shm://{tempfile.gettempdir()}/tsqp-wire-formats-{port}"),
+    }
+
+
+def serve_protocol_3(port: int) -> None:
     """Our own: MessagePack header, raw frames, no copies."""
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        router.bind(f"tcp://127.0.0.1:{port}")
-        while True:
-            identity, *frames = router.recv_multipart(copy=False)
-            request = codec.decode_request([frame.buffer for frame in frames])
+    server = Server(list(endpoints(port).values()), codec.MAX_REPLY_HEADER_BYTES * 4)
+    while True:
+        incoming = server.receive(1.0)
+        if incoming:
+            request = codec.decode_request(incoming.frames)
             y = request.tensors[0]
             result = messages.Result(id=request.header.id, y=codec.spec_of(y), compute_ns=0)
-            router.send_multipart([identity.bytes, messages.encode(result), codec.frame_of(y)], copy=False)
+            incoming.reply([messages.encode(result), codec.frame_of(y)])
 
 
 def serve_map(port: int) -> None:
@@ -135,19 +149,21 @@ def serve_json(port: int) -> None:
 
 
 @contextlib.contextmanager
-def call_frames(port: int) -> Iterator[Echo]:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.connect(f"tcp://127.0.0.1:{port}")
+def call_protocol_3(port: int, scheme: str) -> Iterator[Echo]:
+    with contextlib.closing(open_client(endpoints(port)[scheme], codec.MAX_REPLY_HEADER_BYTES * 4)) as client:
 
         def echo(x: torch.Tensor) -> torch.Tensor:
             spec = codec.spec_of(x)
             header = messages.encode(messages.Linear(id=1, group="echo", x=spec))
-            dealer.send_multipart([header, codec.frame_of(x)], copy=False)
-            reply, frames = codec.decode_reply([frame.buffer for frame in dealer.recv_multipart(copy=False)])
+            client.send([header, codec.frame_of(x)])
+            reply, frames = codec.decode_reply(client.receive(60.0))
             assert isinstance(reply, messages.Result)
             return codec.claim(reply, frames, spec, "echo").unverified()
 
         yield echo
+
+
+call_over_tcp, call_over_shm = (partial(call_protocol_3, scheme=scheme) for scheme in ("tcp", "shm"))
 
 
 @contextlib.contextmanager
@@ -180,8 +196,9 @@ def call_json(port: int) -> Iterator[Echo]:
         yield echo
 
 
-FORMATS = {
-    "ZeroMQ, MessagePack header, raw frames (protocol 3)": (serve_frames, call_frames),
+FORMATS: dict[str, tuple[Callable[[int], None], Callable[[int], AbstractContextManager[Echo]]]] = {
+    "protocol 3 over tcp: ZeroMQ, MessagePack header, raw frames": (serve_protocol_3, call_over_tcp),
+    "protocol 3 over shm: the same in shared memory": (serve_protocol_3, call_over_shm),
     "ZeroMQ, tensor inside MessagePack (first protocol)": (serve_map, call_map),
     "gRPC, protobuf": (serve_grpc, call_grpc),
     "HTTP/1.1, JSON with base64": (serve_json, call_json),
@@ -233,7 +250,7 @@ def measure(rounds: int) -> dict[str, Any]:
         "commit": hardware.commit(),
         "command": f"python benchmarks/wire_formats.py --rounds {rounds}",
         "hardware": msgspec.to_builtins(hardware.describe()),
-        "transport": "tcp loopback, one request at a time",
+        "transport": "one request at a time; tcp is loopback",
         "rounds": rounds,
         "median_us": results,
         "times_protocol_3": {

@@ -50,7 +50,7 @@ def worker() -> Iterator[StartWorker]:
     with ExitStack() as stack:
         started: dict[tuple[object, ...], str] = {}
 
-        def start(directory: Path, scheme: str = "ipc", **options: str) -> str:
+        def start(directory: Path, scheme: str = "shm", **options: str) -> str:
             key = (directory, scheme, *sorted(options.items()))
             if key not in started:
                 started[key] = stack.enter_context(running_worker(directory, scheme, **options))

@@ -18,12 +18,13 @@ StartWorker = Callable[..., str]
 
 
 @contextmanager
-def running_worker(directory: Path, scheme: str = "ipc", **options: str) -> Iterator[str]:
-    """Run a worker process with further options (``dtype="bfloat16"``); yield its ipc or tcp address."""
+def running_worker(directory: Path, scheme: str = "shm", **options: str) -> Iterator[str]:
+    """Run a worker process with further options (``dtype="bfloat16"``); yield its shm, ipc or tcp address."""
     flags = [part for name, value in {"device": "cpu", **options}.items() for part in (f"--{name}", value)]
     tcp = f"127.0.0.1:{free_port()}"
-    with local_worker(["--model", str(directory), "--listen", tcp, *flags]) as ipc:
-        yield tcp if scheme == "tcp" else ipc
+    own = "ipc" if scheme == "tcp" else scheme
+    with local_worker(["--model", str(directory), "--listen", tcp, *flags], own) as url:
+        yield tcp if scheme == "tcp" else url
 
 
 @contextmanager

@@ -134,7 +134,8 @@ def _shared_memory(path: Path) -> Check:
     free = status.f_bavail * status.f_frsize
     found = f"{path}: {free / 2**20:.0f} MB free"
     if not os.access(path, os.W_OK):
-        return Check(name="shared memory", status="note", found=f"{path} is not writable", advice="use ipc or tcp")
+        advice = "shm:// on this machine does not need it; a Gramine enclave's shared memory will"
+        return Check(name="shared memory", status="note", found=f"{path} is not writable", advice=advice)
     if free < _SHM_BYTES:
         return Check(name="shared memory", status="note", found=found, advice="in a container, raise --shm-size")
     return Check(name="shared memory", status="ok", found=found)

@@ -7,11 +7,10 @@ worker watches its standard input and ends when this process does, however that 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
@@ -19,41 +18,36 @@ from tsqp import errors
 from tsqp.errors import SetupError, TsqpError
 from tsqp.paths import private_socket_directory
 
+DEFAULT_SCHEME = "shm" if sys.platform == "linux" else "ipc"
 _STOP_TIMEOUT_S = 10.0
 _SHOWN_LINES = 5
 
 
 @contextmanager
-def local_worker(arguments: Sequence[str]) -> Iterator[str]:
-    """Run ``tsqp worker`` on a private ipc socket; yield its URL.
+def local_worker(
+    arguments: Sequence[str], scheme: str = DEFAULT_SCHEME, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Run ``tsqp worker`` for this process alone; yield its URL.
 
     Args:
         arguments: further options of ``tsqp worker``.
+        scheme: ``shm`` or ``ipc``; the socket lies in a private directory.
+        environment: instead of this process's own.
 
     Raises:
         TsqpError: the worker's own, if it does not come up.
     """
-    directory = private_socket_directory()
-    url = f"ipc://{directory}/worker"
-    command = [
-        sys.executable,
-        "-m",
-        "tsqp",
-        "worker",
-        "--listen",
-        url,
-        "--json",
-        "--exit-with-parent",
-        *arguments,
-    ]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    with private_socket_directory() as directory, tempfile.TemporaryFile("w+") as log:
+        url = f"{scheme}://{directory}/worker"
+        command = [sys.executable, "-m", "tsqp", "worker", "--listen", url, "--json", "--exit-with-parent", *arguments]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        )
         try:
             _await_ready(process, log)
             yield url
         finally:
             _stop(process)
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _await_ready(process: subprocess.Popen[str], log: IO[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tsqp.errors import SetupError
@@ -26,22 +28,32 @@ def cache_directory() -> Path:
     return path
 
 
-def private_socket_directory() -> Path:
-    """Make a fresh directory only this user can enter, for the sockets of one run.
+@contextmanager
+def private_socket_directory() -> Iterator[Path]:
+    """Make a fresh directory only this user can enter (mode 0700), for the sockets of one run; remove it after.
 
-    It lies in ``$XDG_RUNTIME_DIR`` where that is set and private, else in the temporary directory. Mode is 0700.
-    The caller removes it.
+    It lies in ``$XDG_RUNTIME_DIR`` where that is set and private, else in the temporary directory.
 
     Raises:
-        SetupError: ``$XDG_RUNTIME_DIR`` belongs to someone else or lets others in.
+        SetupError: it cannot be made, or ``$XDG_RUNTIME_DIR`` belongs to someone else or lets others in.
     """
+    parent = _runtime_directory()
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="tsqp-", dir=parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise SetupError(f"cannot make a directory for sockets in {parent or 'TMPDIR'}: {error.strerror}.") from error
+    with directory as name:
+        yield Path(name)
+
+
+def _runtime_directory() -> str | None:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and Path(runtime).is_dir():
-        status = Path(runtime).stat()
-        if status.st_uid != os.getuid() or status.st_mode & _OTHERS:
-            raise SetupError(
-                f"XDG_RUNTIME_DIR={runtime} is not private to you (owner {status.st_uid}, "
-                f"mode {stat.S_IMODE(status.st_mode):04o}): expected owner {os.getuid()}, mode 0700. Fix or unset it."
-            )
-        return Path(tempfile.mkdtemp(prefix="tsqp-", dir=runtime))
-    return Path(tempfile.mkdtemp(prefix="tsqp-"))
+    if not runtime or not Path(runtime).is_absolute() or not Path(runtime).is_dir():
+        return None
+    status = Path(runtime).stat()
+    if status.st_uid != os.getuid() or status.st_mode & _OTHERS:
+        raise SetupError(
+            f"XDG_RUNTIME_DIR={runtime} is not private to you (owner {status.st_uid}, "
+            f"mode {stat.S_IMODE(status.st_mode):04o}): expected owner {os.getuid()}, mode 0700. Fix or unset it."
+        )
+    return runtime

@@ -101,10 +101,9 @@ class Hardware(Struct, frozen=True, kw_only=True):
 
 
 class BenchReport(Struct, frozen=True, kw_only=True):
-    """``tsqp bench``: variants measured in turns within one run, and the ratios between their medians.
+    """``tsqp bench``: variants measured in turns within one run, and the ratios between their medians."""
 
-    ``warm_up`` counts the runs before the first turn; each of ``rounds`` turns has one more and two that count.
-    """
+    # warm_up counts the runs before the first turn; each of the turns, rounds, begins with one more.
 
     date: str
     commit: str

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 CUDA = torch.device("cuda:0")
 
 
-@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+@pytest.mark.parametrize("scheme", ["shm", "ipc", "tcp"])
 def test_float32_logits_are_those_of_transformers(tmp_path: Path, scheme: str) -> None:
     directory = tiny_checkpoint(tmp_path / "model", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     ids_BT = random_ids(2, 200)

@@ -40,10 +40,10 @@ QUICK = EnclaveConfig(connect_timeout_s=0.5, request_timeout_s=2.0)
 
 
 @contextmanager
-def own_worker(directory: Path) -> Iterator[tuple[str, psutil.Process]]:
+def own_worker(directory: Path, scheme: str = "shm") -> Iterator[tuple[str, psutil.Process]]:
     """A worker that a test may kill."""
     before = set(psutil.Process().children())
-    with local_worker(["--model", str(directory), "--device", "cpu"]) as url:
+    with local_worker(["--model", str(directory), "--device", "cpu"], scheme) as url:
         (process,) = set(psutil.Process().children()) - before
         yield url, process
 
@@ -96,7 +96,7 @@ def test_another_protocol_version_is_named(tiny_llama: Path, version: int, upgra
 
 
 def test_our_worker_names_both_versions_to_a_client_of_another_one(tiny_llama: Path) -> None:
-    with own_worker(tiny_llama) as (url, _), zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+    with own_worker(tiny_llama, "ipc") as (url, _), zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.RCVTIMEO, 10_000)
         dealer.connect(url)
@@ -129,10 +129,11 @@ class _KillBefore:
     ],
     ids=["killed", "hung"],
 )
+@pytest.mark.parametrize("scheme", ["shm", "ipc"])
 def test_a_worker_lost_in_the_middle_of_a_prefill(
-    tiny_llama: Path, number: int, error: type[Exception], message: str
+    tiny_llama: Path, scheme: str, number: int, error: type[Exception], message: str
 ) -> None:
-    with own_worker(tiny_llama) as (url, process), linked(url, tiny_llama, QUICK) as link:
+    with own_worker(tiny_llama, scheme) as (url, process), linked(url, tiny_llama, QUICK) as link:
         model = Llama(read_config(tiny_llama), _KillBefore(link.ops, "layers.1.o", process, number))
         try:
             with pytest.raises(error, match=message):

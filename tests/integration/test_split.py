@@ -1,4 +1,4 @@
-"""The split against the reference and against `local`, with a real worker process over tcp and ipc."""
+"""The split against the reference and against `local`, with a real worker process over every transport."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tsqp.model.tokenizer import Tokenizer
 from tsqp.prefill import SAMPLE_TEXT
 from tsqp.wire import codec, messages
 
-SCHEMES = ("ipc", "tcp")
+SCHEMES = ("shm", "ipc", "tcp")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},

@@ -46,11 +46,13 @@ def test_the_socket_directory_is_fresh_and_private(
     (tmp_path / "runtime").mkdir(mode=0o700)
     if runtime:
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / runtime))
-    first, second = private_socket_directory(), private_socket_directory()
-    assert first != second
-    assert first.parent == (tmp_path / "runtime" if runtime == "runtime" else tmp_path)
-    assert stat.S_IMODE(first.stat().st_mode) == 0o700
-    assert list(first.iterdir()) == []
+    with private_socket_directory() as first, private_socket_directory() as second:
+        assert first != second
+        assert first.parent == (tmp_path / "runtime" if runtime == "runtime" else tmp_path)
+        assert stat.S_IMODE(first.stat().st_mode) == 0o700
+        assert list(first.iterdir()) == []
+        (first / "worker").touch()
+    assert not first.exists()
 
 
 @pytest.mark.parametrize("mode", [0o701, 0o710, 0o704, 0o777])
@@ -61,8 +63,9 @@ def test_a_runtime_directory_open_to_others_is_refused(
     runtime.mkdir()
     runtime.chmod(mode)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    with pytest.raises(SetupError, match=rf"mode {mode:04o}\): expected owner \d+, mode 0700"):
-        private_socket_directory()
+    refused = pytest.raises(SetupError, match=rf"mode {mode:04o}\): expected owner \d+, mode 0700")
+    with refused, private_socket_directory():
+        pass
     assert list(runtime.iterdir()) == []
 
 
@@ -71,5 +74,5 @@ def test_a_runtime_directory_of_someone_else_is_refused(monkeypatch: pytest.Monk
     runtime.mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     monkeypatch.setattr("os.getuid", lambda: runtime.stat().st_uid + 1)
-    with pytest.raises(SetupError, match="not private to you"):
-        private_socket_directory()
+    with pytest.raises(SetupError, match="not private to you"), private_socket_directory():
+        pass

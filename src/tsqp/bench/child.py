@@ -1,6 +1,6 @@
 """One variant of a benchmark in a process of its own: loads, then prefills once per line on standard input.
 
-``python -m tsqp.bench.child '{"variant": ..., ...}'`` prints one JSON line when ready and one per run.
+``python -m tsqp.bench.child '{"variant": ..., ...}'`` prints one JSON line per run.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Prompt length.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="float32")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each process.", show_default="all cores")] = None,
-    rounds: Annotated[int, typer.Option(help="Turns of each variant; each has two measured runs.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Turns of each variant; each has four measured runs.")] = 15,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure prefill: the split, the same engine in one process, transformers, and the published client.

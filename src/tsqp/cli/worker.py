@@ -22,7 +22,8 @@ def worker(
     listen: Annotated[
         list[str] | None,
         typer.Option(
-            help="Address to listen on, repeatable: host:port or ipc:///path.", show_default="127.0.0.1:50051"
+            help="Address to listen on, repeatable: host:port, ipc:///path or shm:///path.",
+            show_default="127.0.0.1:50051",
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda:N.", show_default="cuda:0 where there is one")] = None,

@@ -10,8 +10,8 @@ from tsqp.config import EnclaveConfig
 from tsqp.enclave.remote_ops import OpenOps
 from tsqp.enclave.session import Session, check_worker
 from tsqp.model.architecture import LlamaConfig
+from tsqp.transport.client import open_client
 from tsqp.transport.urls import parse
-from tsqp.transport.zeromq import ZmqClient
 from tsqp.wire import codec
 from tsqp.wire.messages import Welcome
 
@@ -39,7 +39,7 @@ def connect(worker: str, config: EnclaveConfig, architecture: LlamaConfig, diges
         TransportError: nothing answers there.
         ProtocolError, ModelMismatchError: what answers is not the right worker.
     """
-    session = Session(ZmqClient(parse(worker), config.max_message_bytes), config.request_timeout_s)
+    session = Session(open_client(parse(worker), config.max_message_bytes), config.request_timeout_s)
     try:
         welcome = session.hello(config.connect_timeout_s)
         check_worker(welcome, architecture, digest, config.dtype, session.peer)

@@ -73,7 +73,7 @@ class Session:
             The request id, to be given to ``result``.
 
         Raises:
-            InputError: too many requests are in flight.
+            InputError: too many requests are in flight, or this one is too large for the transport.
         """
         if len(self._waiting) >= MAX_IN_FLIGHT:
             raise InputError(
@@ -83,10 +83,10 @@ class Session:
         self._next_id += 1
         header = make(request_id)
         message = [messages.encode(header), *frames]
+        self._transport.send(message)
         self._waiting[request_id] = operation or type(header).__name__.lower()
         self.meter.round_trips += 1
         self.meter.bytes_sent += sum(map(len, message))
-        self._transport.send(message)
         return request_id
 
     def result(

@@ -205,6 +205,7 @@ class Linears:
         """
         if ids_M.ndim != 1 or ids_M.dtype != torch.int64:
             raise InputError(f"embedding expects int64 ids of shape [M], got {ids_M.dtype} {list(ids_M.shape)}.")
+        ids_M = ids_M.clone()  # in shared memory the client could change an id between check and use
         if ids_M.numel() and not 0 <= int(ids_M.min()) <= int(ids_M.max()) < self.config.vocab_size:
             raise InputError(f"embedding got a token id outside the vocabulary of {self.config.vocab_size}.")
         _bound_result((len(ids_M), self.config.hidden_size))

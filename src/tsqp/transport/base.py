@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,14 +14,14 @@ class Incoming:
     """A message as a server receives it.
 
     Attributes:
-        route: opaque address frames; a reply starts with them.
-        frames: the message itself.
+        frames: the message itself. Over shared memory they are views that end with the reply.
         legacy: the message came in the envelope of the first published protocol.
+        reply: queues the one reply this message has; a client that is gone loses it silently.
     """
 
-    route: tuple[bytes, ...]
     frames: tuple[Buffer, ...]
     legacy: bool
+    reply: Callable[[Sequence[Buffer]], None]
 
 
 class ClientTransport(Protocol):
@@ -55,9 +55,6 @@ class ServerTransport(Protocol):
 
     def receive(self, timeout_s: float) -> Incoming | None:
         """Wait for one message; None when none came within ``timeout_s`` seconds."""
-
-    def send(self, route: tuple[bytes, ...], frames: Sequence[Buffer]) -> None:
-        """Queue a reply. A client that is gone loses it silently."""
 
     def close(self) -> None:
         """Close at once. May be called twice."""

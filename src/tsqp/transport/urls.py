@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from ipaddress import ip_address
 
 from tsqp.errors import ConfigError
 
-SCHEMES = ("tcp", "ipc")
+SCHEMES = ("tcp", "ipc", "shm")
 _MAX_PORT = 65535
 _MAX_PORT_DIGITS = 5
 # sun_path of a UNIX socket holds 108 bytes, one of them the terminator.
@@ -16,7 +17,7 @@ _MAX_IPC_PATH = 107
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One address: ``tcp`` with host and port, or ``ipc`` with a path."""
+    """One address: ``tcp`` with host and port, or ``ipc`` or ``shm`` with the path of a socket."""
 
     scheme: str
     host: str = ""
@@ -26,15 +27,15 @@ class Endpoint:
     @property
     def url(self) -> str:
         """The address for a socket. ``localhost`` is 127.0.0.1 here, since it does not resolve inside Gramine."""
-        if self.scheme == "ipc":
-            return f"ipc://{self.path}"
+        if self.path:
+            return f"{self.scheme}://{self.path}"
         host = "127.0.0.1" if self.host == "localhost" else self.host
         return f"tcp://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def stays_on_this_machine(self) -> bool:
-        """Whether bytes sent here never reach a network: ipc, or tcp on a loopback address."""
-        if self.scheme == "ipc" or self.host == "localhost":
+        """Whether bytes sent here never reach a network: ipc, shm, or tcp on a loopback address."""
+        if self.path or self.host == "localhost":
             return True
         try:
             return ip_address(self.host).is_loopback
@@ -42,11 +43,11 @@ class Endpoint:
             return False
 
     def __str__(self) -> str:
-        return self.url if self.scheme == "ipc" else f"{self.host}:{self.port}"
+        return self.url if self.path else f"{self.host}:{self.port}"
 
 
 def parse(text: str) -> Endpoint:
-    """Read an address: ``host:port`` (which means tcp), ``tcp://host:port`` or ``ipc:///path``.
+    """Read an address: ``host:port`` (which means tcp), ``tcp://host:port``, ``ipc:///path`` or ``shm:///path``.
 
     Raises:
         ConfigError: anything else.
@@ -54,14 +55,18 @@ def parse(text: str) -> Endpoint:
     scheme, separator, rest = text.partition("://")
     if not separator:
         scheme, rest = "tcp", text
-    if scheme == "ipc":
+    if scheme == "shm" and sys.platform != "linux":
+        raise ConfigError(f"endpoint {text!r}: shm needs Linux; use ipc.")
+    if scheme in ("ipc", "shm"):
         if not rest.startswith("/"):
-            raise ConfigError(f"endpoint {text!r}: ipc needs an absolute path, as in ipc:///run/user/1000/tsqp/worker.")
+            raise ConfigError(
+                f"endpoint {text!r}: {scheme} needs an absolute path, as in {scheme}:///run/user/1000/tsqp/worker."
+            )
         if len(rest.encode()) > _MAX_IPC_PATH:
             raise ConfigError(
                 f"endpoint {text!r}: a socket path has at most {_MAX_IPC_PATH} bytes; use a shorter directory."
             )
-        return Endpoint("ipc", path=rest)
+        return Endpoint(scheme, path=rest)
     if scheme != "tcp":
         raise ConfigError(f"endpoint {text!r}: unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}.")
     host, colon, port = rest.rpartition(":")

@@ -10,14 +10,15 @@ import math
 import os
 import socket as unix
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Container, Sequence
+from functools import partial
 
 import zmq
 import zmq.utils.monitor
 
 from tsqp.errors import SetupError, TransportClosedError, TransportTimeoutError
 from tsqp.transport.base import Buffer, Incoming
+from tsqp.transport.sockets import check_free, owner_only
 from tsqp.transport.urls import Endpoint
 
 _CLIENT_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -89,70 +90,60 @@ class ZmqClient:
         self._context.term()
 
 
-class ZmqServer:
+class ZmqListener:
     """A worker's ROUTER socket, bound to one or more endpoints.
 
     Args:
         endpoints: where to listen.
         max_message_bytes: a larger frame from a client ends that client's connection.
-        hangup_fd: a file descriptor to watch beside the socket, such as a pipe from the parent process; ``hung_up``
-            tells when it closes.
+        poller: where to register the sockets.
 
     Raises:
         SetupError: an address is in use or cannot be bound.
     """
 
-    def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        max_message_bytes: int,
-        hangup_fd: int | None = None,
-    ) -> None:
+    has_unsent = False
+    # Another thread, libzmq's own, needs the core to receive the next message.
+    spin_s = 0.0
+
+    def __init__(self, endpoints: Sequence[Endpoint], max_message_bytes: int, poller: zmq.Poller) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
-        self._hangup_fd = hangup_fd
-        self.hung_up = False
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
-        self._poller.register(self._monitor, zmq.POLLIN)
-        if hangup_fd is not None:
-            self._poller.register(hangup_fd, zmq.POLLIN)
+        self._poller = poller
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
         try:
             for endpoint in endpoints:
                 _bind(self._socket, endpoint)
-        except SetupError:
+        except BaseException:
             self.close()
             raise
 
-    def receive(self, timeout_s: float) -> Incoming | None:
-        """Wait for one message; see ``ServerTransport.receive``."""
-        deadline = time.monotonic() + timeout_s
-        ready: dict[object, int] = {}
-        while self._socket not in ready:
-            ready = dict(self._poller.poll(math.ceil(max(0.0, deadline - time.monotonic()) * 1000)))
-            if self._monitor in ready:
-                _deepen(zmq.utils.monitor.recv_monitor_message(self._monitor)["value"])
-            if self._hangup_fd in ready:
-                self.hung_up = True
-                return None
-            if not ready:
-                return None
+    def take(self, ready: Container[object]) -> Incoming | None:
+        """Return a message if the socket is among those ready."""
+        if self._monitor in ready:
+            _deepen(zmq.utils.monitor.recv_monitor_message(self._monitor)["value"])
+        if self._socket not in ready:
+            return None
         identity, *rest = self._socket.recv_multipart(copy=False)
         frames = tuple(frame.buffer for frame in rest)
-        if frames and len(frames[0]) == 0:
-            return Incoming((identity.bytes, b""), frames[1:], legacy=True)
-        return Incoming((identity.bytes,), frames, legacy=False)
+        route = [identity.bytes]
+        legacy = bool(frames) and len(frames[0]) == 0
+        if legacy:
+            route, frames = [identity.bytes, b""], frames[1:]
+        return Incoming(frames, legacy, partial(self._reply, route))
 
-    def send(self, route: tuple[bytes, ...], frames: Sequence[Buffer]) -> None:
-        """Queue a reply without copying large frames."""
+    def _reply(self, route: list[bytes], frames: Sequence[Buffer]) -> None:
         self._socket.send_multipart([*route, *frames], copy=False)
 
     def close(self) -> None:
-        """Close the sockets and the context."""
+        """Close the sockets and the context. May be called twice."""
         if not self._socket.closed:
+            self._poller.unregister(self._socket)
+            self._poller.unregister(self._monitor)
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._socket.close(linger=0)
@@ -171,11 +162,11 @@ def _deepen(descriptor: int) -> None:
 
 def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
     if endpoint.scheme == "ipc":
-        _check_free(Path(endpoint.path), endpoint)
+        check_free(endpoint)
     socket.setsockopt(zmq.IPV6, int(":" in endpoint.host))
-    mask = os.umask(0o177)
     try:
-        socket.bind(endpoint.url)
+        with owner_only():
+            socket.bind(endpoint.url)
     except zmq.ZMQError as error:
         if error.errno == errno.EADDRINUSE and endpoint.scheme == "tcp":
             raise SetupError(
@@ -183,19 +174,3 @@ def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
                 "Stop the process that listens there, or choose another port (--listen, LLAMA_GPU_PORT)."
             ) from error
         raise SetupError(f"cannot listen on {endpoint}: {error}.") from error
-    finally:
-        os.umask(mask)
-
-
-def _check_free(path: Path, endpoint: Endpoint) -> None:
-    """Refuse a path that holds a live socket or any other file; ZeroMQ would silently delete it."""
-    if not path.exists():
-        return
-    if not path.is_socket():
-        raise SetupError(f"cannot listen on {endpoint}: a file that is no socket is there.")
-    with unix.socket(unix.AF_UNIX, unix.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return
-    raise SetupError(f"{endpoint} is already in use by another process. Stop it or listen elsewhere (--listen).")

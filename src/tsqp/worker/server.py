@@ -28,7 +28,7 @@ class Worker:
         while not (self._stopping or self._transport.hung_up):
             incoming = self._transport.receive(_POLL_S)
             if incoming is not None:
-                self._transport.send(incoming.route, self._answer(incoming))
+                incoming.reply(self._answer(incoming))
 
     def stop(self) -> None:
         """End ``serve`` after the current request. Safe to call from a signal handler."""

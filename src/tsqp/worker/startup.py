@@ -17,8 +17,8 @@ from tsqp.model.locate import locate
 from tsqp.model.ops import read_state
 from tsqp.model.weights import Checkpoint
 from tsqp.threads import set_threads
+from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
-from tsqp.transport.zeromq import ZmqServer
 from tsqp.wire import codec
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.server import Worker
@@ -37,7 +37,7 @@ class RunningWorker:
     """A worker that is bound and loaded but does not serve yet."""
 
     worker: Worker
-    transport: ZmqServer
+    transport: Server
     endpoints: tuple[Endpoint, ...]
     device: torch.device
     dtype: str
@@ -73,7 +73,7 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
     for endpoint in endpoints:
         if not endpoint.stays_on_this_machine:
             progress.notice(f"{endpoint} is open to the network, unencrypted: whoever reaches it can use and read it.")
-    transport = ZmqServer(endpoints, config.max_message_bytes, hangup_fd)
+    transport = Server(endpoints, config.max_message_bytes, hangup_fd)
     try:
         dispatcher = _load(config, device, progress)
     except BaseException:

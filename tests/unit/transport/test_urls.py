@@ -19,6 +19,7 @@ from tsqp.transport.urls import Endpoint, parse
         ("[::1]:50051", "tcp://[::1]:50051", "::1:50051"),
         ("tcp://::1:50051", "tcp://[::1]:50051", "::1:50051"),
         ("ipc:///run/tsqp/worker", "ipc:///run/tsqp/worker", "ipc:///run/tsqp/worker"),
+        ("shm:///run/tsqp/worker", "shm:///run/tsqp/worker", "shm:///run/tsqp/worker"),
     ],
 )
 def test_valid_addresses(text: str, url: str, shown: str) -> None:
@@ -67,7 +68,7 @@ def test_any_text_gives_an_endpoint_or_a_config_error(text: str) -> None:
         endpoint = parse(text)
     except ConfigError:
         return
-    assert endpoint.path if endpoint.scheme == "ipc" else endpoint.host and 0 < endpoint.port < 65536
+    assert endpoint.path if endpoint.scheme in ("ipc", "shm") else endpoint.host and 0 < endpoint.port < 65536
     assert parse(endpoint.url).url == endpoint.url
 
 
@@ -79,6 +80,7 @@ def test_any_text_gives_an_endpoint_or_a_config_error(text: str) -> None:
         ("127.8.9.10:1", True),
         ("tcp://[::1]:1", True),
         ("ipc:///run/x", True),
+        ("shm:///run/x", True),
         ("0.0.0.0:1", False),
         ("10.0.0.1:1", False),
         ("localhost.example.org:1", False),

@@ -1,4 +1,4 @@
-"""Real ZeroMQ sockets: both address families, peers that vanish, and messages that are too large."""
+"""Real sockets of every transport: both address families, peers that vanish, and messages that are too large."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import zmq
 
 from tsqp.enclave.session import MAX_IN_FLIGHT
 from tsqp.errors import SetupError, TransportClosedError, TransportTimeoutError
-from tsqp.transport.base import Incoming
+from tsqp.transport.base import ClientTransport, Incoming
+from tsqp.transport.client import open_client
+from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
-from tsqp.transport.zeromq import ZmqClient, ZmqServer
 from tsqp.wire import codec
 
 LIMIT_BYTES = 1 << 24
@@ -39,9 +40,19 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(params=["tcp", "ipc"])
+@pytest.fixture(params=["tcp", "ipc", "shm"])
 def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
+    return parse(f"localhost:{free_port()}" if request.param == "tcp" else f"{request.param}://{tmp_path}/worker")
+
+
+@pytest.fixture(params=["tcp", "ipc"])
+def zeromq(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
     return parse(f"localhost:{free_port()}" if request.param == "tcp" else f"ipc://{tmp_path}/worker")
+
+
+@pytest.fixture(params=["ipc", "shm"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
+    return parse(f"{request.param}://{tmp_path}/worker")
 
 
 @pytest.fixture
@@ -50,9 +61,9 @@ def ipc(tmp_path: Path) -> Endpoint:
 
 
 @pytest.fixture
-def serve(closing: ExitStack) -> Callable[..., ZmqServer]:
-    def open_server(*endpoints: Endpoint, limit_bytes: int = LIMIT_BYTES, hangup_fd: int | None = None) -> ZmqServer:
-        server = ZmqServer(endpoints, limit_bytes, hangup_fd)
+def serve(closing: ExitStack) -> Callable[..., Server]:
+    def open_server(*endpoints: Endpoint, limit_bytes: int = LIMIT_BYTES, hangup_fd: int | None = None) -> Server:
+        server = Server(endpoints, limit_bytes, hangup_fd)
         closing.callback(server.close)
         return server
 
@@ -60,29 +71,29 @@ def serve(closing: ExitStack) -> Callable[..., ZmqServer]:
 
 
 @pytest.fixture
-def connect(closing: ExitStack) -> Callable[..., ZmqClient]:
-    def open_client(endpoint: Endpoint, limit_bytes: int = LIMIT_BYTES) -> ZmqClient:
-        client = ZmqClient(endpoint, limit_bytes)
+def connect(closing: ExitStack) -> Callable[..., ClientTransport]:
+    def open_one(endpoint: Endpoint, limit_bytes: int = LIMIT_BYTES) -> ClientTransport:
+        client = open_client(endpoint, limit_bytes)
         closing.callback(client.close)
         return client
 
-    return open_client
+    return open_one
 
 
-Serve = Callable[..., ZmqServer]
-Connect = Callable[..., ZmqClient]
+Serve = Callable[..., Server]
+Connect = Callable[..., ClientTransport]
 
 
-def receive(server: ZmqServer) -> Incoming:
+def receive(server: Server) -> Incoming:
     incoming = server.receive(PATIENCE_S)
     assert incoming is not None
     return incoming
 
 
-def exchange(client: ZmqClient, server: ZmqServer) -> None:
+def exchange(client: ClientTransport, server: Server) -> None:
     """Prove that the link works both ways."""
     client.send([b"ping"])
-    server.send(receive(server).route, [b"pong"])
+    receive(server).reply([b"pong"])
     assert [bytes(frame) for frame in client.receive(PATIENCE_S)] == [b"pong"]
 
 
@@ -95,7 +106,7 @@ def test_large_tensors_cross_both_ways(endpoint: Endpoint, serve: Serve, connect
     assert bytes(incoming.frames[0]) == b"header"
     assert torch.equal(codec.tensor_of(codec.spec_of(x), incoming.frames[1]), x)
     assert len(incoming.frames[2]) == 0
-    server.send(incoming.route, [b"reply", codec.frame_of(-x)])
+    incoming.reply([b"reply", codec.frame_of(-x)])
     reply, frame = client.receive(PATIENCE_S)
     assert bytes(reply) == b"reply"
     assert torch.equal(codec.tensor_of(codec.spec_of(x), frame), -x)
@@ -106,15 +117,15 @@ def test_replies_go_to_the_client_that_asked(endpoint: Endpoint, serve: Serve, c
     for index, client in enumerate(clients):
         client.send([bytes([index])])
     for incoming in [receive(server) for _ in clients][::-1]:
-        server.send(incoming.route, [b"for", *incoming.frames])
+        incoming.reply([b"for", *incoming.frames])
     for index, client in enumerate(clients):
         assert [bytes(frame) for frame in client.receive(PATIENCE_S)] == [b"for", bytes([index])]
 
 
-def test_one_server_listens_on_several_addresses(ipc: Endpoint, serve: Serve, connect: Connect) -> None:
-    tcp = parse(f"127.0.0.1:{free_port()}")
-    server = serve(tcp, ipc)
-    for endpoint in (tcp, ipc):
+def test_one_server_listens_on_several_addresses(serve: Serve, connect: Connect, tmp_path: Path) -> None:
+    endpoints = [parse(f"127.0.0.1:{free_port()}"), *(parse(f"{kind}://{tmp_path}/{kind}") for kind in ("ipc", "shm"))]
+    server = serve(*endpoints)
+    for endpoint in endpoints:
         exchange(connect(endpoint), server)
 
 
@@ -126,22 +137,22 @@ def test_ipv6(serve: Serve, connect: Connect) -> None:
     exchange(connect(endpoint), serve(endpoint))
 
 
-def test_a_client_may_start_before_its_worker(endpoint: Endpoint, serve: Serve, connect: Connect) -> None:
-    client = connect(endpoint)
-    exchange(client, serve(endpoint))
+def test_a_client_may_start_before_its_worker(zeromq: Endpoint, serve: Serve, connect: Connect) -> None:
+    client = connect(zeromq)
+    exchange(client, serve(zeromq))
 
 
-def test_a_req_socket_of_the_first_protocol_is_recognised_and_answered(endpoint: Endpoint, serve: Serve) -> None:
-    server = serve(endpoint)
+def test_a_req_socket_of_the_first_protocol_is_recognised_and_answered(zeromq: Endpoint, serve: Serve) -> None:
+    server = serve(zeromq)
     with zmq.Context() as context, context.socket(zmq.REQ) as client:
         client.setsockopt(zmq.LINGER, 0)
         client.setsockopt(zmq.RCVTIMEO, int(PATIENCE_S * 1000))
-        client.connect(endpoint.url)
+        client.connect(zeromq.url)
         client.send(b"request")
         incoming = receive(server)
         assert incoming.legacy
         assert [bytes(frame) for frame in incoming.frames] == [b"request"]
-        server.send(incoming.route, [b"reply"])
+        incoming.reply([b"reply"])
         assert client.recv() == b"reply"
 
 
@@ -166,8 +177,8 @@ def test_requests_to_nobody_never_block(connect: Connect) -> None:
         client.send([b"x"])
 
 
-def test_a_server_that_hears_nothing_returns_none(ipc: Endpoint, serve: Serve) -> None:
-    server = serve(ipc)
+def test_a_server_that_hears_nothing_returns_none(path: Endpoint, serve: Serve) -> None:
+    server = serve(path)
     assert server.receive(0) is None
     assert server.receive(SHORT_S) is None
     assert not server.hung_up
@@ -186,12 +197,12 @@ def test_a_reply_to_a_client_that_is_gone_is_dropped(endpoint: Endpoint, serve: 
     gone.send([b"question"])
     incoming = receive(server)
     gone.close()
-    server.send(incoming.route, [b"answer"])
+    incoming.reply([b"answer"])
     exchange(client, server)
 
 
-def test_an_oversized_request_ends_that_connection_only(endpoint: Endpoint, serve: Serve, connect: Connect) -> None:
-    server, other, client = serve(endpoint, limit_bytes=1 << 16), connect(endpoint), connect(endpoint)
+def test_an_oversized_request_ends_that_connection_only(zeromq: Endpoint, serve: Serve, connect: Connect) -> None:
+    server, other, client = serve(zeromq, limit_bytes=1 << 16), connect(zeromq), connect(zeromq)
     exchange(client, server)
     client.send([b"header", bytes((1 << 16) + 1)])
     with pytest.raises(TransportClosedError):
@@ -201,11 +212,11 @@ def test_an_oversized_request_ends_that_connection_only(endpoint: Endpoint, serv
     assert len(receive(server).frames[0]) == 1 << 16
 
 
-def test_an_oversized_reply_is_not_received(endpoint: Endpoint, serve: Serve, connect: Connect) -> None:
-    server, client = serve(endpoint), connect(endpoint, limit_bytes=1 << 16)
+def test_an_oversized_reply_is_not_received(zeromq: Endpoint, serve: Serve, connect: Connect) -> None:
+    server, client = serve(zeromq), connect(zeromq, limit_bytes=1 << 16)
     exchange(client, server)
     client.send([b"question"])
-    server.send(receive(server).route, [bytes((1 << 16) + 1)])
+    receive(server).reply([bytes((1 << 16) + 1)])
     with pytest.raises(TransportClosedError):
         client.receive(PATIENCE_S)
 
@@ -216,54 +227,57 @@ def test_a_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(SetupError, match=rf"port {port} is already in use on 127\.0\.0\.1.*LLAMA_GPU_PORT"):
-            ZmqServer([parse(f"127.0.0.1:{port}")], LIMIT_BYTES)
+            Server([parse(f"127.0.0.1:{port}")], LIMIT_BYTES)
 
 
-def test_a_path_in_use_is_refused_and_its_owner_undisturbed(ipc: Endpoint, serve: Serve, connect: Connect) -> None:
-    server = serve(ipc)
-    with pytest.raises(SetupError, match=f"{ipc.url} is already in use by another process"):
-        ZmqServer([ipc], LIMIT_BYTES)
-    exchange(connect(ipc), server)
+def test_a_path_in_use_is_refused_and_its_owner_undisturbed(path: Endpoint, serve: Serve, connect: Connect) -> None:
+    server = serve(path)
+    with pytest.raises(SetupError, match=f"{path.url} is already in use by another process"):
+        Server([path], LIMIT_BYTES)
+    exchange(connect(path), server)
 
 
-def test_the_socket_file_of_a_dead_worker_is_reused(ipc: Endpoint, serve: Serve, connect: Connect) -> None:
+def test_the_socket_file_of_a_dead_worker_is_reused(path: Endpoint, serve: Serve, connect: Connect) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(ipc.path)
-    assert Path(ipc.path).is_socket()
-    exchange(connect(ipc), serve(ipc))
+        dead.bind(path.path)
+    assert Path(path.path).is_socket()
+    server = serve(path)
+    exchange(connect(path), server)
 
 
-def test_a_file_that_is_no_socket_is_left_alone(ipc: Endpoint) -> None:
-    Path(ipc.path).write_text("precious")
-    with pytest.raises(SetupError, match=f"cannot listen on {ipc.url}: a file that is no socket"):
-        ZmqServer([ipc], LIMIT_BYTES)
-    assert Path(ipc.path).read_text() == "precious"
+def test_a_file_that_is_no_socket_is_left_alone(path: Endpoint) -> None:
+    Path(path.path).write_text("precious")
+    with pytest.raises(SetupError, match=f"cannot listen on {path.url}: a file that is no socket"):
+        Server([path], LIMIT_BYTES)
+    assert Path(path.path).read_text() == "precious"
 
 
-def test_only_its_owner_may_use_an_ipc_socket(ipc: Endpoint, serve: Serve) -> None:
+def test_only_its_owner_may_use_a_socket(path: Endpoint, serve: Serve) -> None:
     mask = os.umask(0)
     try:
-        serve(ipc)
+        serve(path)
         assert os.umask(0) == 0
     finally:
         os.umask(mask)
-    assert stat.S_IMODE(Path(ipc.path).stat().st_mode) == 0o600
+    assert stat.S_IMODE(Path(path.path).stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("address", ["192.0.2.1:50051", "ipc:///no/such/directory/worker"])
+@pytest.mark.parametrize(
+    "address", ["192.0.2.1:50051", "ipc:///no/such/directory/worker", "shm:///no/such/directory/worker"]
+)
 def test_an_address_that_cannot_be_bound_is_named(address: str) -> None:
     with pytest.raises(SetupError, match=f"cannot listen on {address}"):
-        ZmqServer([parse(address)], LIMIT_BYTES)
+        Server([parse(address)], LIMIT_BYTES)
 
 
 def test_an_address_that_cannot_be_connected_to_is_named() -> None:
     with pytest.raises(SetupError, match="cannot connect to bad host:50051"):
-        ZmqClient(parse("bad host:50051"), LIMIT_BYTES)
+        open_client(parse("bad host:50051"), LIMIT_BYTES)
 
 
 def test_a_failed_bind_releases_the_addresses_before_it(ipc: Endpoint, serve: Serve, tmp_path: Path) -> None:
     with pytest.raises(SetupError):
-        ZmqServer([ipc, parse(f"ipc://{tmp_path}/missing/worker")], LIMIT_BYTES)
+        Server([ipc, parse(f"ipc://{tmp_path}/missing/worker")], LIMIT_BYTES)
     serve(ipc)
 
 
@@ -280,8 +294,8 @@ def test_the_end_of_the_parents_pipe_is_noticed(ipc: Endpoint, serve: Serve) -> 
         os.close(reader)
 
 
-def test_both_ends_may_be_closed_twice(ipc: Endpoint) -> None:
-    server, client = ZmqServer([ipc], LIMIT_BYTES), ZmqClient(ipc, LIMIT_BYTES)
+def test_both_ends_may_be_closed_twice(path: Endpoint) -> None:
+    server, client = Server([path], LIMIT_BYTES), open_client(path, LIMIT_BYTES)
     client.send([b"never delivered"])
     for end in (server, client):
         end.close()

@@ -1,0 +1,378 @@
+"""Shared memory: what lies in the region, what happens when it is full, and clients that lie about it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tsqp.errors import InputError, ProtocolError, SetupError, TransportClosedError
+from tsqp.transport import region, shm
+from tsqp.transport.base import Incoming
+from tsqp.transport.server import Server
+from tsqp.transport.shm import ShmClient
+from tsqp.transport.urls import Endpoint, parse
+
+LIMIT_BYTES = 1 << 16
+PATIENCE_S = 60.0
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+REGION_BYTES = mmap.PAGESIZE + 2 * LIMIT_BYTES
+GREETING = b"tsqp region 1"
+DEV_SHM = Path("/dev/shm")  # noqa: S108
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> Endpoint:
+    return parse(f"shm://{tmp_path}/worker")
+
+
+@pytest.fixture
+def server(endpoint: Endpoint) -> Iterator[Server]:
+    server = Server([endpoint], LIMIT_BYTES)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def client(endpoint: Endpoint, server: Server) -> Iterator[ShmClient]:
+    assert not server.hung_up
+    client = ShmClient(endpoint, LIMIT_BYTES)
+    yield client
+    client.close()
+
+
+def receive(server: Server) -> Incoming:
+    incoming = server.receive(PATIENCE_S)
+    assert incoming is not None
+    return incoming
+
+
+def exchange(client: ShmClient, server: Server) -> None:
+    """Prove that the link works both ways."""
+    client.send([b"ping"])
+    receive(server).reply([b"pong"])
+    assert client.receive(PATIENCE_S) == [b"pong"]
+
+
+def test_the_worker_reads_a_long_frame_where_the_client_wrote_it(client: ShmClient, server: Server) -> None:
+    client.send([b"header", bytes(10_000)])
+    frame = receive(server).frames[1]
+    client._link._memory[mmap.PAGESIZE : mmap.PAGESIZE + 5] = b"later"
+    assert bytes(frame[:5]) == b"later"
+
+
+def test_the_enclave_has_a_copy_that_the_worker_cannot_change(client: ShmClient, server: Server) -> None:
+    client.send([b"question"])
+    receive(server).reply([bytes(10_000)])
+    (frame,) = client.receive(PATIENCE_S)
+    half = mmap.PAGESIZE + LIMIT_BYTES
+    client._link._memory[half : half + 5] = b"later"
+    assert bytes(frame) == bytes(10_000)
+
+
+@pytest.mark.usefixtures("server")
+def test_no_name_is_left_in_dev_shm(endpoint: Endpoint) -> None:
+    before = set(DEV_SHM.iterdir())
+    client = ShmClient(endpoint, LIMIT_BYTES)
+    client.send([bytes(10_000)])
+    assert set(DEV_SHM.iterdir()) == before
+    client.close()
+
+
+def test_messages_beyond_the_room_wait_and_none_is_lost(client: ShmClient, server: Server) -> None:
+    """Forty messages of 30 KB through halves of 64 KB, all sent before any reply is taken."""
+
+    def answer() -> None:
+        for _ in range(40):
+            incoming = receive(server)
+            incoming.reply([bytes([255 - incoming.frames[0][0]]) * 30_000])
+        while server.receive(0) or any(listener.has_unsent for listener in server._listeners):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(answer)
+        for number in range(40):
+            client.send([bytes([number]) * 30_000])
+        for number in range(40):
+            assert bytes(client.receive(PATIENCE_S)[0]) == bytes([255 - number]) * 30_000
+        done.result(PATIENCE_S)
+
+
+def test_a_message_larger_than_the_region_is_refused(client: ShmClient, server: Server) -> None:
+    with pytest.raises(InputError, match=r"does not fit the shared region of 65536: shorten the prompt"):
+        client.send([bytes(LIMIT_BYTES + 1)])
+    exchange(client, server)
+
+
+def test_a_reply_larger_than_the_region_ends_that_connection(client: ShmClient, server: Server) -> None:
+    client.send([b"question"])
+    receive(server).reply([bytes(LIMIT_BYTES + 1)])
+    with pytest.raises(TransportClosedError, match="closed the connection or died"):
+        client.receive(PATIENCE_S)
+
+
+def test_many_short_frames_fit_one_message(client: ShmClient, server: Server) -> None:
+    frames = [bytes([number]) * 100 for number in range(200)]
+    client.send(frames)
+    assert [bytes(frame) for frame in receive(server).frames] == frames
+
+
+def test_nobody_there_is_said_at_once(endpoint: Endpoint) -> None:
+    with pytest.raises(SetupError, match=f"cannot connect to {endpoint}: No such file.*Is the worker running"):
+        ShmClient(endpoint, LIMIT_BYTES)
+
+
+def sealed_region(size: int = REGION_BYTES, seals: int = SEALS) -> int:
+    descriptor = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+@contextlib.contextmanager
+def raw_client(endpoint: Endpoint, *descriptors: int, greeting: bytes = GREETING) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(endpoint.path)
+        socket.send_fds(connection, [greeting], list(descriptors))
+        for descriptor in descriptors:
+            os.close(descriptor)
+        yield connection
+
+
+def assert_dropped(connection: socket.socket, server: Server) -> None:
+    for _ in range(3):
+        assert server.receive(0) is None
+    connection.settimeout(PATIENCE_S)
+    with contextlib.suppress(ConnectionResetError):
+        assert connection.recv(8) in (b"", region.REFUSAL)
+        assert connection.recv(8) == b""
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        pytest.param(list, id="no region"),
+        pytest.param(lambda: [sealed_region(), sealed_region()], id="two regions"),
+        pytest.param(lambda: [sealed_region(seals=0)], id="unsealed: a client that shrinks it would kill the worker"),
+        pytest.param(lambda: [sealed_region(REGION_BYTES + 2 * mmap.PAGESIZE)], id="larger than the worker's limit"),
+        pytest.param(lambda: [sealed_region(mmap.PAGESIZE)], id="no room"),
+        pytest.param(lambda: [sealed_region(REGION_BYTES - 1)], id="no whole pages"),
+        pytest.param(lambda: [os.open("/dev/null", os.O_RDWR)], id="no memory"),
+    ],
+)
+def test_a_client_without_a_proper_region_is_dropped(
+    offer: Callable[[], list[int]], endpoint: Endpoint, server: Server
+) -> None:
+    with raw_client(endpoint, *offer()) as connection:
+        assert_dropped(connection, server)
+
+
+def test_a_client_with_another_greeting_is_dropped(endpoint: Endpoint, server: Server) -> None:
+    with raw_client(endpoint, sealed_region(), greeting=b"GET / HTTP/1.1") as connection:
+        assert_dropped(connection, server)
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [
+        pytest.param(b"\x01", id="no count"),
+        pytest.param(struct.pack("<I", 1), id="no span"),
+        pytest.param(struct.pack("<IQQ", 1, (1 << 64) - 1, 5) + b"four", id="short inline frame"),
+        pytest.param(struct.pack("<IQQ", 1, LIMIT_BYTES, 1), id="the worker's own half"),
+        pytest.param(struct.pack("<IQQ", 1, LIMIT_BYTES - 4, 5), id="across the end of the half"),
+        pytest.param(struct.pack("<IQQ", 1, 0, (1 << 64) - 1), id="huge length"),
+        pytest.param(struct.pack("<IQQ", 1, (1 << 64) - 2, 8), id="huge offset"),
+        pytest.param(struct.pack("<I", (1 << 31) - 1), id="huge count"),
+        pytest.param(struct.pack("<IQQQQ", 2, 0, LIMIT_BYTES, 0, 1), id="frames that overlap, larger than the half"),
+    ],
+)
+def test_a_datagram_that_points_elsewhere_ends_the_connection(
+    datagram: bytes, endpoint: Endpoint, server: Server
+) -> None:
+    with raw_client(endpoint, sealed_region()) as connection:
+        assert server.receive(0) is None
+        connection.send(datagram)
+        assert_dropped(connection, server)
+
+
+def test_a_counter_that_lies_ends_the_connection(client: ShmClient, server: Server) -> None:
+    client.send([b"question"])
+    incoming = receive(server)
+    client._link._counters[0] = 7
+    incoming.reply([b"answer"])
+    with pytest.raises(TransportClosedError):
+        client.receive(PATIENCE_S)
+
+
+def test_a_worker_whose_counter_lies_is_named(client: ShmClient) -> None:
+    client._link._counters[8] = 7
+    with pytest.raises(ProtocolError, match=f"{client.peer}: the shared region's counter"):
+        client.send([b"question"])
+
+
+@given(st.data())
+def test_what_is_not_consumed_is_never_overwritten(data: st.DataObject) -> None:
+    room = region.Room(1000)
+    spans: list[range] = []
+    sent = consumed = 0
+    for _ in range(data.draw(st.integers(1, 60))):
+        if spans and data.draw(st.sampled_from((True, False))):
+            spans.pop(0)
+            consumed += 1
+            room.release(consumed)
+        size = data.draw(st.integers(0, 400))
+        try:
+            start = room.reserve(size)
+        except region.FullError:
+            assert spans
+            continue
+        sent += 1
+        assert 0 <= start <= start + size <= 1000
+        assert all(start + size <= span.start or span.stop <= start for span in spans if size and len(span))
+        spans.append(range(start, start + size))
+
+
+def test_an_empty_room_takes_all_of_it() -> None:
+    room = region.Room(1000)
+    for consumed in range(1, 4):
+        assert room.reserve(1000) == 0
+        with pytest.raises(region.FullError):
+            room.reserve(1)
+        room.release(consumed)
+
+
+def test_a_client_with_a_larger_limit_is_told_so(endpoint: Endpoint, server: Server) -> None:
+    client = ShmClient(endpoint, 2 * LIMIT_BYTES)
+    client.send([b"hello"])
+    for _ in range(2):
+        assert server.receive(0) is None
+    with pytest.raises(SetupError, match="refused the shared region: give both sides the same TSQP_MAX_MESSAGE_BYTES"):
+        client.receive(PATIENCE_S)
+    client.close()
+
+
+def answer_all(server: Server, count: int) -> None:
+    for _ in range(count):
+        receive(server).reply([b"ok"])
+
+
+def test_room_is_given_back_after_the_socket_was_full(client: ShmClient, server: Server) -> None:
+    """More short messages than a socket holds: each waits to be sent, none may reserve room twice."""
+    for _ in range(1000):
+        client.send([bytes(3000)])
+    assert client._link.has_unsent
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(answer_all, server, 1000)
+        for _ in range(1000):
+            client.receive(PATIENCE_S)
+        served.result(PATIENCE_S)
+    client.send([bytes(LIMIT_BYTES)])
+    assert not client._link.has_unsent
+    assert len(receive(server).frames[0]) == LIMIT_BYTES
+
+
+def test_a_client_that_takes_no_reply_is_not_heard_and_holds_one_message(
+    client: ShmClient, server: Server, endpoint: Endpoint
+) -> None:
+    for _ in range(10):
+        client.send([b"more"])
+    for _ in range(2):
+        receive(server).reply([bytes(40_000)])
+    assert server.receive(0) is None
+    other = ShmClient(endpoint, LIMIT_BYTES)
+    exchange(other, server)
+    other.close()
+    assert len(client.receive(PATIENCE_S)[0]) == 40_000
+    assert server.receive(0) is None
+    assert len(client.receive(PATIENCE_S)[0]) == 40_000
+    receive(server).reply([b"at last"])
+    assert client.receive(PATIENCE_S) == [b"at last"]
+
+
+def test_a_client_that_takes_no_reply_for_long_is_dropped(
+    endpoint: Endpoint, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with raw_client(endpoint, sealed_region()) as connection:
+        for _ in range(2):
+            connection.send(struct.pack("<IQQ", 1, (1 << 64) - 1, 0))
+        for _ in range(2):
+            receive(server).reply([bytes(40_000)])
+        assert server.receive(0) is None
+        assert connection.recv(100)
+        monkeypatch.setattr(shm, "_PATIENCE_S", -1.0)
+        assert server.receive(0) is None
+        assert connection.recv(100) == b""
+
+
+def test_a_client_that_hands_nothing_over_is_dropped(
+    endpoint: Endpoint, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(connected(endpoint)) as connection:
+        assert server.receive(0) is None
+        monkeypatch.setattr(shm, "_PATIENCE_S", -1.0)
+        assert server.receive(0) is None
+        assert connection.recv(100) == b""
+
+
+def connected(endpoint: Endpoint) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(endpoint.path)
+    return connection
+
+
+def test_a_worker_out_of_descriptors_still_returns_and_recovers(
+    endpoint: Endpoint, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm, "_PAUSE_S", 0.05)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    waiting = ShmClient(endpoint, LIMIT_BYTES)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (waiting._connection.fileno() + 1, limits[1]))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        assert server.receive(0.01) is None
+        assert server.receive(0.01) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in taken:
+            os.close(descriptor)
+    time.sleep(0.06)
+    server.receive(0)
+    exchange(waiting, server)
+    waiting.close()
+
+
+def test_a_counter_is_never_seen_half_written() -> None:
+    """One process counts up, the other must see the count only grow."""
+    command = (
+        "import mmap, sys; counters = memoryview(mmap.mmap(int(sys.argv[1]), mmap.PAGESIZE)).cast('Q')\n"
+        "for n in range(1 << 20): counters[0] = n"
+    )
+    descriptor = os.memfd_create("counter")
+    os.ftruncate(descriptor, mmap.PAGESIZE)
+    counters = memoryview(mmap.mmap(descriptor, mmap.PAGESIZE)).cast("Q")
+    process = subprocess.Popen([sys.executable, "-c", command, str(descriptor)], pass_fds=[descriptor])
+    seen = 0
+    while process.poll() is None:
+        for _ in range(1000):
+            now = counters[0]
+            assert now >= seen
+            seen = now
+    os.close(descriptor)
+    assert counters[0] == (1 << 20) - 1
