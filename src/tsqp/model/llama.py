@@ -49,17 +49,19 @@ class Llama:
         batch, tokens = ids_BT.shape
         check_prompt_length(tokens, self.config)
         x_BTD = self._ops.embedding(ids_BT.reshape(-1)).view(batch, tokens, -1)
-        for index in range(self.config.layers):
+        for index in range(self.config.layers - 1):
             x_BTD = self._layer(index, x_BTD)
-        if not all_logits:
-            x_BTD = x_BTD[:, -1:]
+        x_BTD = self._layer(self.config.layers - 1, x_BTD, last_only=not all_logits)
         x_BTD = self._norm("model.norm", x_BTD)
         logits_BTV = self._linear("head", x_BTD)
         return logits_BTV if all_logits else logits_BTV[:, 0]
 
-    def _layer(self, index: int, x_BTD: Tensor) -> Tensor:
+    def _layer(self, index: int, x_BTD: Tensor, *, last_only: bool = False) -> Tensor:
+        """Run one layer; with ``last_only`` drop every position but the last as soon as attention has read it."""
         normed = self._norm(f"model.layers.{index}.input_layernorm", x_BTD)
         attended = self._attention(self._linear(f"layers.{index}.qkv", normed))
+        if last_only:
+            attended, x_BTD = attended[:, -1:], x_BTD[:, -1:]
         x_BTD = self._linear(f"layers.{index}.o", attended).add_(x_BTD)
         normed = self._norm(f"model.layers.{index}.post_attention_layernorm", x_BTD)
         hidden_BTF = swiglu(self._linear(f"layers.{index}.gate_up", normed))
