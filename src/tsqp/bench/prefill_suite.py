@@ -223,7 +223,8 @@ def _summary(child: _Child, tokens: int) -> Variant:
 def ratios(variants: list[Variant]) -> list[Ratio]:
     """Compare the variants; limits are those the project promises for 128 tokens in float32.
 
-    ``monolithic`` is the better of the two OpenMP settings.
+    ``monolithic`` is the better of the two OpenMP settings. The published client computed attention's products on the
+    worker; that it is three times as slow is promised of that, on the fastest transport of each side.
     """
     by_name = {variant.name: variant for variant in variants}
     baseline_s = min(by_name[name].median_s for name in ("monolithic-active", "monolithic-passive"))
@@ -236,8 +237,10 @@ def ratios(variants: list[Variant]) -> list[Ratio]:
         _ratio("open over ipc / monolithic", ipc.median_s / baseline_s, at_most=1.10),
         _ratio("local / monolithic", by_name["local"].median_s / baseline_s),
         _ratio("open over shm / local", open_.median_s / by_name["local"].median_s),
-        _ratio("legacy client over tcp / open over shm", legacy.median_s / open_.median_s, at_least=3.0),
-        _ratio("legacy client with Matmul over tcp / open over shm", with_matmul.median_s / open_.median_s),
+        _ratio("legacy client over tcp / open over shm", legacy.median_s / open_.median_s),
+        _ratio(
+            "legacy client with Matmul over tcp / open over shm", with_matmul.median_s / open_.median_s, at_least=3.0
+        ),
         _ratio("legacy client over tcp / open over ipc", legacy.median_s / ipc.median_s),
         _ratio("bytes per token: open / legacy", share / legacy.bytes_per_token, at_most=0.73),
         _ratio(
