@@ -17,6 +17,7 @@ FORBIDDEN = {
     "tsqp.wire": ("tsqp.enclave", "tsqp.worker"),
     "tsqp.transport": ("tsqp.enclave", "tsqp.worker"),
     "tsqp.model": ("tsqp.enclave", "tsqp.worker"),
+    "tsqp.arith": ("tsqp.enclave", "tsqp.worker", "tsqp.wire", "tsqp.transport", "tsqp.model"),
 }
 # They run or build objects from data.
 UNSAFE_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")

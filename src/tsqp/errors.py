@@ -66,7 +66,19 @@ class ProtocolError(HostileError):
     """Bytes from a peer are not a valid message of this protocol."""
 
 
+class IntegrityError(HostileError):
+    """A peer's result is wrong: it cheats or is broken. Nothing that depends on the result was used."""
+
+
 class InternalError(TsqpError):
     """A bug of ours."""
 
     exit_code = 70
+
+
+class ExactnessError(InternalError):
+    """Exact arithmetic would not be exact: operands beyond a bound, or a kernel that errs."""
+
+
+class MaskReuseError(InternalError):
+    """A mask row would be used twice."""

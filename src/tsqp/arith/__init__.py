@@ -1,0 +1,1 @@
+"""Exact arithmetic, the same on both sides of the boundary."""

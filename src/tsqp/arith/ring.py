@@ -1,0 +1,198 @@
+"""Products modulo 2^32: int32 residues times int8 codes, exactly, on whatever this machine computes fastest.
+
+Shapes: M rows, K inputs, N outputs. A residue is an int32 word and its addition wraps. Codes lie in [-127, 127].
+
+Each kernel states why none of its sums can round or overflow. ``kernel_for`` compares a kernel with Python integers
+before it hands it out, on inputs chosen to break it; one that errs is never used. docs/arithmetic.md, "Exact products".
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tsqp.errors import ExactnessError
+
+# float64 holds every integer up to 2^53. |x| <= 2^31 and |w| < 2^7, so K products sum to less than K 2^38.
+FLOAT64_MAX_K = 1 << 15
+
+# A limb lies in [-128, 127], a code in [-127, 127]: K products sum to at most K 128 127 <= 2^31 - 1.
+LIMB_MAX_K = ((1 << 31) - 1) // (128 * 127)
+_LIMBS = 4
+# 0x80808080 as an int32: added to x, it turns the bytes of the sum into balanced limbs, each plus 128.
+_OFFSET = 0x80808080 - (1 << 32)
+# torch._int_mm on CUDA takes more than 16 rows.
+_CUDA_MIN_ROWS = 17
+# How many codes are widened to float64 at a time: 32 MB.
+_WIDENED = 1 << 22
+
+
+class Kernel(Protocol):
+    """One way to multiply."""
+
+    name: str
+
+    def multiply(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
+        """Return x W^T modulo 2^32.
+
+        Args:
+            x_MK: int32 residues.
+            w_NK: int8 codes in [-127, 127], contiguous, on the same device.
+
+        Returns:
+            int32 residues, shape (M, N).
+        """
+
+
+class Float64Kernel:
+    """float64 products over blocks of at most 2^15 inputs, within which every sum is an integer below 2^53."""
+
+    name = "float64"
+
+    def multiply(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
+        """See ``Kernel.multiply``. Blocks' sums wrap in int64, which keeps them right modulo 2^32."""
+        y_MN = torch.zeros(len(x_MK), len(w_NK), dtype=torch.int64, device=x_MK.device)
+        for first in range(0, x_MK.shape[1], FLOAT64_MAX_K):
+            x_MB = x_MK[:, first : first + FLOAT64_MAX_K].double()
+            step = max(1, _WIDENED // x_MB.shape[1])
+            for n in range(0, len(w_NK), step):
+                w_SB = w_NK[n : n + step, first : first + FLOAT64_MAX_K].double()
+                y_MN[:, n : n + step] += (x_MB @ w_SB.T).to(torch.int64)
+        return y_MN.to(torch.int32)
+
+
+class LimbKernel:
+    """int8 products of the four balanced base-256 limbs of x, stacked into one product of 4 M rows.
+
+    x = l0 + 2^8 l1 + 2^16 l2 + 2^24 l3 (mod 2^32), limbs in [-128, 127]. A limb's product is an exact int32 for K up to
+    ``LIMB_MAX_K``; longer rows are cut. The four are shifted and added with wrap (Horner).
+    """
+
+    name = "int8 limbs"
+
+    def multiply(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
+        """See ``Kernel.multiply``."""
+        y_MN: Tensor | None = None
+        for first in range(0, x_MK.shape[1], LIMB_MAX_K):
+            block = slice(first, first + LIMB_MAX_K)
+            part_MN = self._block(x_MK[:, block], w_NK[:, block])
+            y_MN = part_MN if y_MN is None else y_MN.add_(part_MN)
+        return torch.zeros(len(x_MK), len(w_NK), dtype=torch.int32, device=x_MK.device) if y_MN is None else y_MN
+
+    def _block(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
+        rows = len(x_MK)
+        if x_MK.shape[1] == 1:  # torch 2.13 returns garbage for a single column
+            x_MK, w_NK = functional.pad(x_MK, (0, 1)), functional.pad(w_NK, (0, 1))
+        limbs_LK = limbs(x_MK)
+        if limbs_LK.is_cuda and len(limbs_LK) < _CUDA_MIN_ROWS:
+            limbs_LK = torch.cat((limbs_LK, limbs_LK.new_zeros(_CUDA_MIN_ROWS - len(limbs_LK), limbs_LK.shape[1])))
+        product: Tensor = torch._int_mm(limbs_LK, w_NK.T)  # noqa: SLF001  the only int8 product torch has
+        y_IMN = product[: _LIMBS * rows].view(_LIMBS, rows, -1)
+        y_MN: Tensor = y_IMN[3] << 8
+        for limb in (2, 1):
+            y_MN.add_(y_IMN[limb]).bitwise_left_shift_(8)
+        return y_MN.add_(y_IMN[0])
+
+
+def limbs(x_MK: Tensor) -> Tensor:
+    """Split int32 residues into four balanced base-256 limbs, least significant first.
+
+    Args:
+        x_MK: int32.
+
+    Returns:
+        int8, shape (4 M, K): all rows of limb 0, then of limb 1, and so on.
+    """
+    bytes_MKI = (x_MK + _OFFSET).contiguous().view(torch.uint8).unflatten(-1, (-1, _LIMBS))
+    return bytes_MKI.bitwise_xor(0x80).view(torch.int8).permute(2, 0, 1).reshape(_LIMBS * len(x_MK), x_MK.shape[1])
+
+
+def multiply(x_MK: Tensor, w_NK: Tensor) -> Tensor:
+    """Multiply residues by int8 codes modulo 2^32, with the kernel chosen for their device.
+
+    Args:
+        x_MK: int32 residues.
+        w_NK: int8 codes in [-127, 127], contiguous, on the same device.
+
+    Returns:
+        int32 residues, shape (M, N), equal to integer arithmetic modulo 2^32.
+
+    Raises:
+        ExactnessError: other dtypes or shapes, or no kernel computes exactly on this device.
+    """
+    if (x_MK.dtype, w_NK.dtype, x_MK.ndim, w_NK.ndim) != (torch.int32, torch.int8, 2, 2):
+        raise ExactnessError(
+            f"exact product of {x_MK.dtype} {list(x_MK.shape)} and {w_NK.dtype} {list(w_NK.shape)}: "
+            "expected int32 [M, K] and int8 [N, K]."
+        )
+    if x_MK.shape[1] != w_NK.shape[1]:
+        raise ExactnessError(f"exact product of rows of {x_MK.shape[1]} and of {w_NK.shape[1]}.")
+    if not x_MK.numel() or not w_NK.numel():
+        return torch.zeros(len(x_MK), len(w_NK), dtype=torch.int32, device=x_MK.device)
+    return kernel_for(x_MK.device).multiply(x_MK, w_NK)
+
+
+@cache
+def kernel_for(device: torch.device) -> Kernel:
+    """Return the first kernel, fastest first, that agrees with Python integers on this device.
+
+    Raises:
+        ExactnessError: none does.
+    """
+    failures = []
+    for kernel in (LimbKernel(), Float64Kernel()):
+        try:
+            check_exact(kernel, device)
+        except (ExactnessError, RuntimeError, AttributeError) as error:  # noqa: PERF203  two kernels at most
+            failures.append(f"{kernel.name}: {error}")
+        else:
+            return kernel
+    raise ExactnessError(f"no kernel multiplies exactly on {device}: {'; '.join(failures)}")
+
+
+def check_exact(kernel: Kernel, device: torch.device) -> None:
+    """Compare a kernel with Python integers, on inputs chosen to break it.
+
+    Extremes of both operands with one sign (the largest sums), alternating signs, every byte pattern at a limb's
+    border, and random words; one row, a few and many; rows as long as a block of the kernel and one longer.
+
+    Raises:
+        ExactnessError: it errs.
+    """
+    for rows, inputs, outputs in ((1, 1, 8), (1, 64, 8), (5, 576, 24), (33, 130, 16), (2, FLOAT64_MAX_K + 8, 8)):
+        x_MK, w_NK = adversarial(rows, inputs, outputs)
+        y_MN = kernel.multiply(x_MK.to(device), w_NK.to(device)).cpu()
+        for row in range(rows):
+            xs = x_MK[row].tolist()
+            for column in range(outputs):
+                want = sum(map(int.__mul__, xs, w_NK[column].tolist())) & 0xFFFFFFFF
+                if int(y_MN[row, column]) & 0xFFFFFFFF != want:
+                    raise ExactnessError(f"the {kernel.name} kernel errs at {rows} x {inputs} x {outputs} on {device}.")
+
+
+def adversarial(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """Return operands on which inexact kernels err: x of shape (rows, inputs), codes of shape (outputs, inputs)."""
+    generator = random.Random(rows * inputs + outputs)  # noqa: S311  test data
+    low, high = -(1 << 31), (1 << 31) - 1
+    borders = (low, high, 0x7F7F7F7F, -0x7F7F7F80, 0x80, -0x81, 0x7FFF, -0x8000, -1)
+    patterns = [
+        [low] * inputs,
+        [high] * inputs,
+        [low if i % 2 else high for i in range(inputs)],
+        generator.choices(borders, k=inputs),
+        [generator.randint(low, high) for _ in range(inputs)],
+    ]
+    codes = [
+        [127] * inputs,
+        [-127] * inputs,
+        [-127 if i % 2 else 127 for i in range(inputs)],
+        [generator.randint(-127, 127) for _ in range(inputs)],
+    ]
+    x = [patterns[(row + rows) % len(patterns)] for row in range(rows)]
+    w = [codes[column % len(codes)] for column in range(outputs)]
+    return torch.tensor(x, dtype=torch.int64).to(torch.int32), torch.tensor(w, dtype=torch.int8)
