@@ -109,7 +109,8 @@ def limbs(x_MK: Tensor) -> Tensor:
         int8, shape (4 M, K): all rows of limb 0, then of limb 1, and so on.
     """
     bytes_MKI = (x_MK + _OFFSET).contiguous().view(torch.uint8).unflatten(-1, (-1, _LIMBS))
-    return bytes_MKI.bitwise_xor(0x80).view(torch.int8).permute(2, 0, 1).reshape(_LIMBS * len(x_MK), x_MK.shape[1])
+    limbs_IMK: Tensor = (bytes_MKI ^ 0x80).view(torch.int8).permute(2, 0, 1)
+    return limbs_IMK.reshape(_LIMBS * len(x_MK), x_MK.shape[1])
 
 
 def multiply(x_MK: Tensor, w_NK: Tensor) -> Tensor:
