@@ -17,13 +17,30 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "images" / "prefill.svg"
 BLOCK = re.compile(r"(<!-- table:prefill -->\n).*?(<!-- /table -->)", re.DOTALL)
-SHOWN = ("open", "open-ipc", "local", "monolithic", "legacy", "legacy-matmul")
+SHOWN = (
+    "open",
+    "open-ipc",
+    "verified",
+    "masked",
+    "masked-sustained",
+    "masked-dealer-sustained",
+    "local",
+    "local-int8",
+    "monolithic",
+    "legacy",
+    "legacy-matmul",
+)
 MEANING = {
     "README.md": {
         "head": ("", "time", "/ monolithic", "round trips", "KB per token"),
         "open": "`open`: split, worker over shared memory",
         "open-ipc": "`open`: split, worker over ipc",
+        "verified": "`verified`: int8, every product checked, over shared memory",
+        "masked": "`masked`: the same, and the worker sees uniform words; masks ready",
+        "masked-sustained": "`masked`, the enclave making its masks meanwhile",
+        "masked-dealer-sustained": "`masked`, masks from a dealer meanwhile (on the same two cores)",
         "local": "`local`: same engine, one process",
+        "local-int8": "`local` over the packed int8 model",
         "monolithic": "`monolithic`: transformers",
         "legacy": "first published client, same worker",
         "legacy-matmul": "the same with its attention products on the worker",
@@ -34,7 +51,12 @@ MEANING = {
         "head": ("", "时间", "/ monolithic", "往返次数", "每 token KB"),
         "open": "`open`：拆分，worker 走共享内存",
         "open-ipc": "`open`：拆分，worker 走 ipc",
+        "verified": "`verified`：int8，逐行校验每个乘积，走共享内存",
+        "masked": "`masked`：同上，且 worker 只看到均匀随机字；掩码已备好",
+        "masked-sustained": "`masked`，飞地同时自行计算掩码",
+        "masked-dealer-sustained": "`masked`，掩码由 dealer 同时提供（同一台机器的两个核）",
         "local": "`local`：同一引擎，单进程",
+        "local-int8": "`local`，使用打包的 int8 模型",
         "monolithic": "`monolithic`：transformers",
         "legacy": "最早发布的客户端，同一 worker",
         "legacy-matmul": "同上，注意力乘法也在 worker 上",
@@ -88,7 +110,7 @@ def draw(report: BenchReport) -> None:
     """Draw time by part, one bar per row of the table."""
     variants = shown_variants(report)
     plt.rcParams.update({"svg.hashsalt": "tsqp", "font.size": 11, "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(7.2, 3.2))
+    figure, axes = plt.subplots(figsize=(7.6, 4.6))
     names = list(reversed(variants))
     for name in names:
         variant = variants[name]

@@ -15,9 +15,12 @@ from rich.table import Table
 
 LEVELS = {
     "open": "linear layers on a worker process, everything else in the enclave process",
+    "verified": "int8 weights and exact integers; every product of the worker's is checked",
+    "masked": "the same, and the worker sees uniform random words only",
     "local": "the same engine, all in one process",
     "monolithic": "Hugging Face transformers, all in one process",
 }
+READS = {"open": "everything", "verified": "everything", "masked": "noise"}
 PROMPT = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once or "
     "twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, “and "
@@ -39,7 +42,7 @@ def prefill(level: str) -> dict[str, Any]:
 
 def main() -> None:
     """Compare the levels on one prompt."""
-    console = Console(highlight=False, width=100)
+    console = Console(highlight=False, width=112)
     reports = {}
     for level, meaning in LEVELS.items():
         console.print(f"[bold]{level}[/]: {meaning}")
@@ -49,8 +52,8 @@ def main() -> None:
     table = Table(
         title=f"{first['model']}, prefill of {first['tokens']} tokens, {first['dtype']}, {first['threads']} threads"
     )
-    for heading in ("level", "prefill", "tokens/s", "vs monolithic", "round trips", "moved", "next token"):
-        table.add_column(heading, justify="left" if heading in ("level", "next token") else "right")
+    for heading in ("level", "prefill", "tokens/s", "vs monolithic", "moved", "worker reads", "checked", "next token"):
+        table.add_column(heading, justify="left" if heading in ("level", "worker reads", "next token") else "right")
     for level, report in reports.items():
         moved = report["bytes_sent"] + report["bytes_received"]
         table.add_row(
@@ -58,18 +61,23 @@ def main() -> None:
             f"{report['prefill_s'] * 1e3:.0f} ms",
             f"{report['tokens_per_s']:.0f}",
             f"{report['prefill_s'] / baseline:.2f} x",
-            str(report["round_trips"] or "-"),
             f"{moved / 1e6:.0f} MB" if moved else "-",
+            READS.get(level, "-"),
+            f"{report['verified_rows']} rows" if report["verified_rows"] else "-",
             f"{report['next_tokens'][0]} {report['next_text']!r}",
         )
     console.print(table)
-    parts = ", ".join(f"{part} {first[f'{part}_s'] * 1e3:.0f} ms" for part in ("enclave", "worker", "wire"))
-    console.print(f"Where the split run's time went: {parts}.")
-    agree = len({tuple(report["next_tokens"]) for report in reports.values()}) == 1
+    for level in ("open", "masked"):
+        times = [f"{part} {reports[level][f'{part}_s'] * 1e3:.0f} ms" for part in ("enclave", "worker", "wire")]
+        console.print(f"Where {level} spent its time: {', '.join(times)}.")
+    masked = reports["masked"]
     console.print(
-        "All three predict the same next token." if agree else "[red]The levels disagree on the next token.[/]"
+        f"The masks of masked, {masked['mask_rows_used']} rows, were made before it in {masked['mask_fill_s']:.2f} s; "
+        "each is used once. Dealers can make them instead."
     )
-    console.print("At the level open the worker reads every activation; levels that hide them come next.")
+    agree = len({tuple(report["next_tokens"]) for report in reports.values()}) == 1
+    console.print("All predict the same next token." if agree else "[red]The levels disagree on the next token.[/]")
+    console.print("What a worker can reconstruct at each level: tsqp audit --html audit.html")
     sys.exit(0 if agree else 1)
 
 

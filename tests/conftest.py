@@ -11,7 +11,7 @@ from tiny_models import tiny_checkpoint
 from transformers.utils import logging
 from workers import StartWorker, running_worker
 
-from tsqp.model.locate import BUNDLED, bundled_file, locate
+from tsqp.model.locate import BUNDLED, bundled_file, locate, locate_packed
 
 logging.disable_progress_bar()
 
@@ -36,6 +36,13 @@ def bundled_directory(cache: Path, bundled_gguf: Path) -> Path:
     assert directory.parent.parent == cache
     assert directory.name.startswith(bundled_gguf.stem)
     return directory
+
+
+@pytest.fixture(scope="session")
+def bundled_packed(bundled_directory: Path) -> Path:
+    """The bundled model's int8 form, as the cache holds it."""
+    assert bundled_directory.exists()
+    return locate_packed(BUNDLED)
 
 
 @pytest.fixture(scope="session")

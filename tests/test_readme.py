@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from tsqp.cli import app
 
@@ -18,6 +19,20 @@ PAGES = [
     if ".venv" not in page.parts
 ]
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def commands(tree: typer.Typer) -> dict[str, str]:
+    """Map every command, those of groups with the group's name before, to the first line of its help."""
+    found = {
+        command.name or command.callback.__name__: (command.callback.__doc__ or "").splitlines()[0]
+        for command in tree.registered_commands
+        if command.callback
+    }
+    for group in tree.registered_groups:
+        if group.typer_instance:
+            name = group.typer_instance.info.name
+            found |= {f"{name} {command}": line for command, line in commands(group.typer_instance).items()}
+    return found
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -36,7 +51,7 @@ def test_python_in_the_readme_runs(block: str, bundled_directory: Path) -> None:
     "page", [ROOT / "README.md", ROOT / "tee_gpu" / "README.md"], ids=lambda page: page.parent.name
 )
 def test_commands_in_shell_blocks_exist(page: Path) -> None:
-    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known = {name.split()[0] for name in commands(app)}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for line in "\n".join(blocks(page, "sh")).splitlines():
         words = line.split()
@@ -54,13 +69,8 @@ def test_commands_in_the_readme_are_those_of_the_help(bundled_directory: Path) -
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     match = re.search(r"<!-- help:tsqp -->\n(.*?)<!-- /help -->", text, re.DOTALL)
     assert match
-    listed = dict(re.findall(r"^\| `tsqp (\w+)` \| (.*?) \|$", match[1], re.MULTILINE))
-    expected = {
-        command.callback.__name__: (command.callback.__doc__ or "").splitlines()[0]
-        for command in app.registered_commands
-        if command.callback
-    }
-    assert listed == expected
+    listed = dict(re.findall(r"^\| `tsqp ([\w ]+)` \| (.*?) \|$", match[1], re.MULTILINE))
+    assert listed == commands(app)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

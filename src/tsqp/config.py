@@ -25,8 +25,13 @@ else:
     import tomli as tomllib
 
 DTYPES = ("float32", "float16", "bfloat16")
-LEVELS = ("open", "local", "monolithic")
+LEVELS = ("open", "local", "verified", "masked", "monolithic")
+# Levels that need a packed model, and send the worker integers.
+EXACT_LEVELS = ("verified", "masked")
+WORKER_LEVELS = ("open", *EXACT_LEVELS)
+SERVICES = ("auto", "open", "exact", "masks")
 DEFAULT_PORT = 50051
+DEALER_PORT = 50052
 
 # Read where they are used, before any settings object exists.
 _OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE"})
@@ -53,7 +58,9 @@ class WorkerConfig:
     """Settings of a worker process.
 
     ``device`` None means ``cuda:0`` where there is one, else the CPU, and says so; a device the user names must
-    exist. ``listen`` empty means ``tcp://127.0.0.1:<port>``.
+    exist. ``listen`` empty means ``tcp://127.0.0.1:<port>``, for a dealer port 50052. ``key`` names the file of a
+    secret key; None means links in clear. ``serves``: float products (``open``), exact products of int8 codes
+    (``exact``), a dealer's mask products (``masks``), or by the model: ``exact`` for a packed one.
     """
 
     SECTION: typing.ClassVar[str] = "worker"
@@ -65,18 +72,36 @@ class WorkerConfig:
     listen: tuple[str, ...] = _setting((), "TSQP_LISTEN")
     threads: int | None = _setting(None, "TSQP_THREADS", limits=(1, _MAX_THREADS))
     max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", limits=(1 << 16, _MAX_MESSAGE_BYTES))
+    key: str | None = _setting(None, "TSQP_KEY")
+    serves: str = _setting("auto", "TSQP_SERVES", choices=SERVICES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnclaveConfig:
-    """Settings of an enclave process. ``worker`` None means: start one on this machine for the run."""
+    """Settings of an enclave process. ``worker`` None means: start one on this machine for the run.
+
+    ``worker_key``: the worker's public key, as a file or as text; None means a link in clear. ``masks`` None means
+    ``dealers`` where there are any, else ``enclave``; ``dealer_keys`` are the dealers' public keys in the same order.
+    ``mask_pool`` is for how many tokens masks are kept ready; None means one prompt in ``tsqp prefill`` and none in a
+    library call. ``codes`` names a packed model
+    whose ``worker/`` is on this machine; None streams the codes from the worker. ``retries``: how often a product is
+    sent again when the link fails.
+    """
 
     SECTION: typing.ClassVar[str] = "enclave"
 
     model: str = _setting("smollm2", "LLAMA_MODEL_PATH")
     worker: str | None = _setting(None, "LLAMA_GPU_ENDPOINT")
+    worker_key: str | None = _setting(None, "TSQP_WORKER_KEY")
     dtype: str = _setting("float32", "LLAMA_DTYPE", choices=DTYPES)
     level: str = _setting("open", "TSQP_LEVEL", choices=LEVELS)
+    masks: str | None = _setting(None, "TSQP_MASKS", choices=("enclave", "dealers"))
+    dealers: tuple[str, ...] = _setting((), "TSQP_DEALERS")
+    dealer_keys: tuple[str, ...] = _setting((), "TSQP_DEALER_KEYS")
+    mask_pool: int | None = _setting(None, "TSQP_MASK_POOL", limits=(0, 1 << 30))
+    mask_memory: int = _setting(1 << 30, "TSQP_MASK_MEMORY", limits=(0, 1 << 50))
+    codes: str | None = _setting(None, "TSQP_CODES")
+    retries: int = _setting(1, "TSQP_RETRIES", limits=(0, 100))
     threads: int | None = _setting(None, "TSQP_THREADS", limits=(1, _MAX_THREADS))
     connect_timeout_s: float = _setting(5.0, "TSQP_CONNECT_TIMEOUT_S", limits=(0.01, _MAX_TIMEOUT_S))
     request_timeout_s: float = _setting(120.0, "TSQP_REQUEST_TIMEOUT_S", limits=(0.01, _MAX_TIMEOUT_S))
@@ -175,7 +200,9 @@ def _parse(kind: type[Config], entry: dataclasses.Field[Any], value: object, ori
 
 def _check(entry: dataclasses.Field[Any], value: Any) -> None:  # noqa: ANN401
     choices, limits = entry.metadata["choices"], entry.metadata["limits"]
-    if choices and value not in choices:
+    if value == "":  # as from a shell variable that is not set: no key must not come to mean no encryption
+        raise ConfigError(f"{entry.name} is empty: give a value, or leave it out.")
+    if choices and value is not None and value not in choices:
         raise ConfigError(f"unknown {entry.name} {value!r}: expected one of {', '.join(choices)}.")
     if limits and value is not None and not limits[0] <= value <= limits[1]:
         raise ConfigError(f"{entry.name} {value!r}: expected at least {limits[0]} and at most {limits[1]}.")

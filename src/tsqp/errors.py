@@ -66,6 +66,10 @@ class ProtocolError(HostileError):
     """Bytes from a peer are not a valid message of this protocol."""
 
 
+class PeerKeyError(HostileError):
+    """A peer cannot prove that it holds the key it was said to hold. Nothing was sent to it."""
+
+
 class IntegrityError(HostileError):
     """A peer's result is wrong: it cheats or is broken. Nothing that depends on the result was used."""
 

@@ -25,23 +25,27 @@ _SHOWN_LINES = 5
 
 @contextmanager
 def local_worker(
-    arguments: Sequence[str], scheme: str = DEFAULT_SCHEME, environment: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    scheme: str = DEFAULT_SCHEME,
+    environment: Mapping[str, str] | None = None,
+    command: str = "worker",
 ) -> Iterator[str]:
-    """Run ``tsqp worker`` for this process alone; yield its URL.
+    """Run ``tsqp worker`` or ``tsqp dealer`` for this process alone; yield its URL.
 
     Args:
-        arguments: further options of ``tsqp worker``.
+        arguments: further options of the command.
         scheme: ``shm`` or ``ipc``; the socket lies in a private directory.
         environment: instead of this process's own.
+        command: ``worker`` or ``dealer``.
 
     Raises:
         TsqpError: the worker's own, if it does not come up.
     """
     with private_socket_directory() as directory, tempfile.TemporaryFile("w+") as log:
-        url = f"{scheme}://{directory}/worker"
-        command = [sys.executable, "-m", "tsqp", "worker", "--listen", url, "--json", "--exit-with-parent", *arguments]
+        url = f"{scheme}://{directory}/{command}"
+        words = [sys.executable, "-m", "tsqp", command, "--listen", url, "--json", "--exit-with-parent", *arguments]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
         )
         try:
             _await_ready(process, log)

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tsqp.config import EnclaveConfig
-from tsqp.enclave.connect import connect
-from tsqp.enclave.session import Meter
 from tsqp.errors import InputError
-from tsqp.model.architecture import LlamaConfig, weight_shapes
-from tsqp.model.digest import model_digest
-from tsqp.model.linears import Linears
-from tsqp.model.llama import Llama, check_prompt_length
-from tsqp.model.ops import LocalOps, read_state
+from tsqp.levels import Runnable
+from tsqp.meter import Meter
+from tsqp.model.architecture import LlamaConfig
+from tsqp.model.llama import check_prompt_length
 from tsqp.model.tokenizer import Tokenizer
-from tsqp.model.weights import Checkpoint
 from tsqp.reports import PrefillReport
-from tsqp.wire import codec
 
 SAMPLE_TEXT = (
     "A trusted process keeps the prompt, the keys and the cache; an untrusted machine multiplies large matrices. "
@@ -32,32 +24,18 @@ SAMPLE_TEXT = (
     "machine learns how long a sentence is and when it was asked, but the words themselves stay at home. "
 )
 
-# Between two replies the enclave's other threads sleep. Waking one costs some 0.1 ms, as much as a whole operation on
-# this many tokens; attention, the largest, gains from a second thread above it (docs/performance.md).
-_TOKENS_WORTH_THREADS = 256
-
-Predict = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Runnable:
-    """A model ready to predict: ids (B, T) to last-position logits (B, V), and what it costs on the wire.
-
-    ``predict_all`` gives logits at every position, (B, T, V); the monolithic baseline has none.
-    """
-
-    predict: Predict
-    meter: Meter
-    predict_all: Predict | None = None
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Cost of one prefill: seconds in total, blocked on the worker, and by the worker's account; bytes and calls."""
+    """Cost of one prefill: seconds in total, blocked on the worker, and by the worker's account; bytes and calls.
+
+    ``fill_s`` is the time spent filling the mask pool before it.
+    """
 
     total_s: float
     waited_s: float
     worker_s: float
+    fill_s: float
     cost: Meter
 
 
@@ -101,114 +79,22 @@ def _sample_ids(architecture: LlamaConfig, tokenizer: Tokenizer | None, count: i
     return (once * (count // len(once) + 1))[:count]
 
 
-@contextmanager
-def runnable(
-    level: str,
-    directory: Path,
-    architecture: LlamaConfig,
-    config: EnclaveConfig,
-    worker: str | None,
-    *,
-    offload_attention: bool = False,
-    on_step: Callable[[str, float], None] = lambda _name, _done: None,
-) -> Iterator[Runnable]:
-    """Load a model at a level for the time of a ``with`` block.
-
-    Args:
-        level: ``open``, ``local`` or ``monolithic``.
-        directory: the model's Hugging Face directory.
-        architecture: its config.
-        config: dtype and timeouts.
-        worker: the worker's address at `open`.
-        offload_attention: also send attention's products to the worker.
-        on_step: told the fraction done of a named step.
-
-    Raises:
-        TsqpError: as loading or connecting does.
-    """
-    dtype = codec.TORCH_DTYPES[config.dtype]
-    if level == "monolithic":
-        from tsqp.bench.monolithic import Monolithic  # noqa: PLC0415  transformers is needed by this level only
-
-        yield Runnable(Monolithic(directory, dtype), Meter())
-        return
-    checkpoint = Checkpoint(directory)
-    checkpoint.require(weight_shapes(architecture))
-    if level == "local":
-        linears = Linears(
-            architecture,
-            checkpoint,
-            dtype,
-            torch.device("cpu"),
-            lambda done: on_step("loading the weights", done),
-        )
-        yield _our_own(Llama(architecture, LocalOps(linears, read_state(linears, checkpoint))), Meter())
-        return
-    if worker is None:
-        raise InputError("the level 'open' needs a worker's address.")
-    digest = model_digest(architecture, checkpoint, lambda done: on_step("hashing the weights", done))
-    with connect(worker, config, architecture, digest) as link:
-        model = Llama(architecture, link.ops, offload_attention=offload_attention)
-        yield _beside_a_worker(_our_own(model, link.session.meter))
-
-
-def _our_own(model: Llama, meter: Meter) -> Runnable:
-    return Runnable(model.prefill, meter, lambda ids_BT: model.prefill(ids_BT, all_logits=True))
-
-
-def _beside_a_worker(model: Runnable) -> Runnable:
-    """Use one thread where the enclave's share of a prefill is too small to wake others for."""
-
-    def with_fitting_threads(predict: Predict) -> Predict:
-        def run(ids_BT: Tensor) -> Tensor:
-            threads = torch.get_num_threads()
-            if ids_BT.numel() < _TOKENS_WORTH_THREADS:
-                torch.set_num_threads(1)
-            try:
-                return predict(ids_BT)
-            finally:
-                torch.set_num_threads(threads)
-
-        return run
-
-    predict_all = with_fitting_threads(model.predict_all) if model.predict_all else None
-    return Runnable(with_fitting_threads(model.predict), model.meter, predict_all)
-
-
-def with_all_logits(model: Runnable) -> Runnable:
-    """Return a model that computes the head at every position and hands out the last one's logits.
-
-    Raises:
-        InputError: the baseline, which has no such way.
-    """
-    predict_all = model.predict_all
-    if predict_all is None:
-        raise InputError("the monolithic baseline computes the head at the last position only.")
-    return Runnable(lambda ids_BT: predict_all(ids_BT)[:, -1], model.meter)
-
-
-def timed(model: Runnable, ids_BT: Tensor) -> tuple[Run, Tensor]:
-    """Run one prefill; return what it cost and its logits (B, V)."""
+def timed(model: Runnable, ids_BT: Tensor, on_fill: Callable[[float], None] = lambda _done: None) -> tuple[Run, Tensor]:
+    """Fill the mask pool if there is one, then run one prefill; return what it cost and its logits (B, V)."""
+    model.prepare(on_fill)
     before = replace(model.meter)
     started = time.perf_counter()
     logits_BV = model.predict(ids_BT)
     total_s = time.perf_counter() - started
-    after = model.meter
-    cost = Meter(
-        round_trips=after.round_trips - before.round_trips,
-        bytes_sent=after.bytes_sent - before.bytes_sent,
-        bytes_received=after.bytes_received - before.bytes_received,
-        waited_ns=after.waited_ns - before.waited_ns,
-        compute_ns=after.compute_ns - before.compute_ns,
-    )
-    return Run(total_s, cost.waited_ns / 1e9, cost.compute_ns / 1e9, cost), logits_BV
+    cost = model.meter.since(before)
+    return Run(total_s, cost.waited_ns / 1e9, cost.compute_ns / 1e9, 0.0, cost), logits_BV
 
 
 def measure(
     model: Runnable,
     ids_BT: Tensor,
     repeats: int,
-    describe: dict[str, str | int],
+    describe: dict[str, str | int | None],
     decode: Callable[[list[int]], str] | None,
     on_step: Callable[[str, float], None] = lambda _name, _done: None,
 ) -> PrefillReport:
@@ -218,7 +104,7 @@ def measure(
         model: what to run.
         ids_BT: int64 token ids.
         repeats: at least 1.
-        describe: the report's ``model``, ``level``, ``dtype`` and ``threads``.
+        describe: the report's ``model``, ``level``, ``masks``, ``dtype`` and ``threads``.
         decode: token ids to text, if the model has a tokenizer.
         on_step: told the fraction done.
 
@@ -228,10 +114,11 @@ def measure(
     if repeats < 1:
         raise InputError(f"--repeat {repeats}: at least 1 is needed.")
     runs = []
-    _, logits_BV = timed(model, ids_BT)
+    _, logits_BV = timed(model, ids_BT, lambda done: on_step("filling the mask pool", done))
     for done in range(repeats):
+        filled_ns = model.meter.mask_fill_ns
         run, logits_BV = timed(model, ids_BT)
-        runs.append(run)
+        runs.append(replace(run, fill_s=(model.meter.mask_fill_ns - filled_ns) / 1e9))
         on_step("prefill", (done + 1) / repeats)
     next_tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
     return _report(runs, ids_BT, describe, next_tokens, decode)
@@ -240,7 +127,7 @@ def measure(
 def _report(
     runs: list[Run],
     ids_BT: Tensor,
-    describe: dict[str, str | int],
+    describe: dict[str, str | int | None],
     next_tokens: list[int],
     decode: Callable[[list[int]], str] | None,
 ) -> PrefillReport:
@@ -261,6 +148,14 @@ def _report(
         enclave_s=run.total_s - run.waited_s,
         worker_s=run.worker_s,
         wire_s=run.waited_s - run.worker_s,
+        verified_rows=run.cost.verified_rows,
+        mask_rows_used=run.cost.mask_rows,
+        mask_wait_s=run.cost.mask_wait_ns / 1e9,
+        mask_fill_s=run.fill_s,
+        quantise_s=run.cost.quantise_ns / 1e9,
+        mask_s=run.cost.mask_ns / 1e9,
+        unmask_s=run.cost.unmask_ns / 1e9,
+        check_s=run.cost.check_ns / 1e9,
         next_tokens=next_tokens,
         next_text=decode(next_tokens[:1]) if decode else None,
     )

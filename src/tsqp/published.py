@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +18,7 @@ from tsqp.config import DEFAULT_PORT, EnclaveConfig, WorkerConfig
 from tsqp.threads import set_threads, share_cores
 
 if TYPE_CHECKING:
-    from tsqp.prefill import Runnable
+    from tsqp.levels import Runnable
 
 DEFAULT_ENDPOINT = f"localhost:{DEFAULT_PORT}"
 _RULE = "=" * 50
@@ -80,22 +81,20 @@ def _run(level: str, default_tokens: int) -> None:
 
 
 def _prefill(config: EnclaveConfig, tokens: int, batch: int) -> None:
-    from tsqp.model.architecture import module_count, read_config  # noqa: PLC0415  torch loads here
-    from tsqp.model.locate import locate  # noqa: PLC0415
-    from tsqp.model.tokenizer import find_tokenizer  # noqa: PLC0415
-    from tsqp.prefill import prompt_ids, runnable  # noqa: PLC0415
+    from tsqp.levels import open_model, runnable  # noqa: PLC0415  torch loads here
+    from tsqp.model.architecture import linear_groups, module_count  # noqa: PLC0415
+    from tsqp.prefill import prompt_ids  # noqa: PLC0415
 
     set_threads(config.threads)
-    endpoint = config.worker or DEFAULT_ENDPOINT
+    config = replace(config, worker=config.worker or DEFAULT_ENDPOINT)
     with progress() as step:
-        directory = locate(config.model, lambda done: step("converting the model", done))
-        architecture = read_config(directory)
-        ids = prompt_ids(architecture, find_tokenizer(directory), None, tokens)
-        with runnable(config.level, directory, architecture, config, endpoint, on_step=step) as model:
+        model = open_model(config.model, config.level, step)
+        ids = prompt_ids(model.architecture, model.tokenizer, None, tokens)
+        with runnable(config.level, model, config, on_step=step) as loaded:
             if config.level == "open":
-                typer.echo(f"✓ Connected to server at {endpoint}")
-                typer.echo(f"✓ Found {module_count(architecture)} linear/embedding modules")
-            _benchmark(model, [ids] * batch)
+                typer.echo(f"✓ Connected to server at {config.worker}")
+                typer.echo(f"✓ Found {module_count(linear_groups(model.architecture))} linear/embedding modules")
+            _benchmark(loaded, [ids] * batch)
 
 
 def _benchmark(model: Runnable, prompts: Sequence[Sequence[int]]) -> None:

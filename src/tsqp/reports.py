@@ -10,28 +10,52 @@ from msgspec import Struct
 
 
 class WorkerReady(Struct, frozen=True, kw_only=True):
-    """``tsqp worker``: printed once, when the worker answers requests."""
+    """``tsqp worker`` and ``tsqp dealer``: printed once, when requests are answered.
+
+    ``serves``: ``open`` float products, ``exact`` products of int8 codes, ``masks`` a dealer's mask products.
+
+    ``public_key`` is what enclaves must be given to talk to it, in z85; null where its links are in clear.
+    """
 
     model: str
     model_digest: str
     device: str
     dtype: str
+    serves: Literal["open", "exact", "masks"]
     threads: int
     modules: int
     endpoints: list[str]
     protocol: int
+    public_key: str | None
+
+
+class KeysReport(Struct, frozen=True, kw_only=True):
+    """``tsqp keys``: a key pair, or what is known of one. The public key is in z85; the secret one is never shown.
+
+    ``public_file`` and ``secret_file`` are null where ``tsqp keys show`` was not given that file.
+    """
+
+    name: str
+    public_key: str
+    public_file: str | None
+    secret_file: str | None
 
 
 class PrefillReport(Struct, frozen=True, kw_only=True):
     """``tsqp prefill``. Times in seconds, sizes in bytes; the three parts and the counts are the median run's.
 
     ``enclave_s + worker_s + wire_s`` is that run's time; ``wire_s`` is the time spent waiting for the worker less the
-    worker's own account of its work. ``next_tokens`` has one id per sequence, ``next_text`` is the first one's text
-    (null where the model has no tokenizer).
+    worker's own account of its work. ``masks`` is where masks came from, ``enclave`` or ``dealers``; null but at
+    `masked`. ``verified_rows`` counts the rows of products that were checked, ``mask_rows_used`` the mask rows.
+    ``mask_wait_s`` is the part of the run that waited for masks not in the pool; ``mask_fill_s`` is the time spent
+    filling the pool for it, outside of ``prefill_s``. ``quantise_s``, ``mask_s``, ``unmask_s`` and ``check_s`` are the
+    parts of ``enclave_s`` that protection takes. ``next_tokens`` has one id per sequence, ``next_text`` is the first
+    one's text (null where the model has no tokenizer).
     """
 
     model: str
     level: str
+    masks: Literal["enclave", "dealers"] | None
     tokens: int
     batch: int
     dtype: str
@@ -46,8 +70,34 @@ class PrefillReport(Struct, frozen=True, kw_only=True):
     enclave_s: float
     worker_s: float
     wire_s: float
+    verified_rows: int
+    mask_rows_used: int
+    mask_wait_s: float
+    mask_fill_s: float
+    quantise_s: float
+    mask_s: float
+    unmask_s: float
+    check_s: float
     next_tokens: list[int]
     next_text: str | None
+
+
+class PackReport(Struct, frozen=True, kw_only=True):
+    """``tsqp pack``. Sizes in bytes. ``licence_files`` is empty where none lay beside the model.
+
+    ``codes_digest`` is what a worker of these codes announces; ``manifest_digest`` is of the whole packed model.
+    """
+
+    model: str
+    out: str
+    source_digest: str
+    codes_digest: str
+    manifest_digest: str
+    groups: int
+    worker_bytes: int
+    enclave_bytes: int
+    licence_files: list[str]
+    seconds: float
 
 
 class Check(Struct, frozen=True, kw_only=True):
@@ -67,7 +117,11 @@ class DoctorReport(Struct, frozen=True, kw_only=True):
 
 
 class Variant(Struct, frozen=True, kw_only=True):
-    """One measured variant of ``tsqp bench``. Times in seconds; ``settings`` says how it was run."""
+    """One measured variant of ``tsqp bench``. Times in seconds; ``settings`` says how it was run.
+
+    ``protection_s``, quantising, masking, unmasking and checking, and ``mask_wait_s``, waiting for masks, are parts of
+    ``enclave_s``.
+    """
 
     name: str
     settings: str
@@ -79,6 +133,8 @@ class Variant(Struct, frozen=True, kw_only=True):
     enclave_s: float
     worker_s: float
     wire_s: float
+    protection_s: float = 0.0
+    mask_wait_s: float = 0.0
 
 
 class Ratio(Struct, frozen=True, kw_only=True):
@@ -133,7 +189,7 @@ class ErrorReport(Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
-REPORTS = (WorkerReady, PrefillReport, DoctorReport, BenchReport, ErrorReport)
+REPORTS = (WorkerReady, KeysReport, PrefillReport, PackReport, DoctorReport, BenchReport, ErrorReport)
 
 
 def dumps(report: Struct) -> str:

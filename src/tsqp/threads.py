@@ -8,6 +8,8 @@ is. ``share_cores`` asks for passive waiting; a user's own setting wins. docs/pe
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tsqp.errors import ConfigError
 
@@ -25,6 +27,19 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Give torch another number of threads during a ``with`` block."""
+    import torch  # noqa: PLC0415  torch must load after share_cores()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def set_threads(threads: int | None) -> int:

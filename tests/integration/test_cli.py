@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from tiny_models import edit_json, tiny_checkpoint
 from typer.testing import CliRunner
-from workers import StartWorker, free_port
+from workers import StartWorker, free_port, running_worker
 
 from tsqp.cli import app
 from tsqp.reports import DoctorReport, ErrorReport, PrefillReport, schema
@@ -50,6 +50,68 @@ def test_prefill_prints_one_object_with_the_promised_fields(
     assert got.tokens_per_s == pytest.approx(5 / got.prefill_s)
     assert got.enclave_s + got.worker_s + got.wire_s in [pytest.approx(each) for each in got.prefill_s_all]
     assert got.round_trips == (122 if level == "open" else 0)
+
+
+@pytest.mark.parametrize("level", ["verified", "masked"])
+def test_the_integer_levels_report_what_protection_did(level: str, tiny_llama: Path) -> None:
+    got = report("--model", tiny_llama, "--level", level, "--tokens", 9, "--repeat", 2)
+    rows = 9 * 4 * 3 - 3 * 8 + 1  # the last layer drops all positions but the last after qkv; one head row
+    masked = level == "masked"
+    assert (got.level, got.masks, got.dtype) == (level, "enclave" if masked else None, "int8")
+    assert got.verified_rows == rows
+    assert got.mask_rows_used == (rows if masked else 0)
+    assert (got.mask_fill_s > 0) == masked
+    assert (got.mask_s > 0, got.unmask_s > 0) == (masked, masked)
+    assert min(got.quantise_s, got.check_s) > 0
+    assert got.round_trips == 13
+    assert got.quantise_s + got.mask_s + got.unmask_s + got.check_s < got.enclave_s
+
+
+def test_masked_runs_with_dealers_and_keys(tiny_llama: Path, tmp_path: Path) -> None:
+    code, _, _ = run("keys", "new", "dealer", "--out", tmp_path)
+    assert code == 0
+    options = ["--model", tiny_llama, "--level", "masked", "--tokens", 6, "--repeat", 1]
+    enclave = report(*options)
+    with running_worker(tiny_llama, "ipc", command="dealer", key=str(tmp_path / "dealer.key_secret")) as dealer:
+        got = report(*options, "--dealer", dealer, "--dealer-key", tmp_path / "dealer.key", "--mask-pool", 0)
+        assert (got.masks, got.next_tokens) == ("dealers", enclave.next_tokens)
+        assert got.mask_wait_s > 0
+        assert got.mask_fill_s == 0
+        code, out, err = run("prefill", *options, "--dealer", dealer, "--json")
+        assert code == 3
+        assert "wants an encrypted link" in err
+    code, out, err = run("prefill", *options, "--dealer", f"127.0.0.1:{free_port()}", "--json")
+    assert code == 4
+    assert "its seeds travel in clear" in err
+    assert json.loads(out)["error"]["type"] == "TransportTimeoutError"
+
+
+def test_human_output_of_masked_says_what_protection_cost(tiny_llama: Path) -> None:
+    code, out, _ = run("prefill", "--model", tiny_llama, "--level", "masked", "--tokens", 5)
+    assert code == 0
+    for words in ("rows by the enclave", "of the prefill", "miss rate of 2^-61"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mask-pool", "pool.bin"), "lives in memory only"),
+        (("--mask-pool", "-1"), "expected a number of rows"),
+        (("--mask-pool", "100000", "--mask-memory", "1000000"), "Lower --mask-pool or raise --mask-memory"),
+        (("--masks", "dealers"), "needs at least one --dealer"),
+        (("--masks", "moon"), "unknown masks 'moon'"),
+        (("--dealer", "a.example:1", "--dealer-key", "x", "--dealer-key", "y"), "1 dealers and 2 dealer keys"),
+        (("--worker", "127.0.0.1:9", "--dealer", "localhost:9"), "same address as the worker"),
+        (("--codes", "/no/such/packed"), "worker/"),
+    ],
+)
+def test_mistakes_about_masks_are_one_sentence(tiny_llama: Path, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run("prefill", "--model", tiny_llama, "--level", "masked", "--tokens", 3, *arguments, "--json")
+    assert code == 3
+    assert message in err
+    assert "Traceback" not in err
+    assert msgspec.json.decode(out, type=ErrorReport).error.exit_code == 3
 
 
 def test_prefill_starts_and_stops_its_own_worker(tiny_llama: Path) -> None:
@@ -125,7 +187,11 @@ def test_broken_models_are_named(
 MISTAKES: dict[str, tuple[list[object], int, str]] = {
     "no-model": (["--model", "/no/such/model"], 3, "'/no/such/model' does not exist"),
     "dtype": (["--dtype", "float8"], 3, "unknown dtype 'float8': expected one of float32, float16, bfloat16"),
-    "level": (["--level", "secret"], 3, "unknown level 'secret': expected one of open, local, monolithic"),
+    "level": (
+        ["--level", "secret"],
+        3,
+        "unknown level 'secret': expected one of open, local, verified, masked, monolithic",
+    ),
     "url": (["--worker", "carrier-pigeon://x"], 3, "unknown scheme 'carrier-pigeon'"),
     "port": (["--worker", "localhost:99999"], 3, "port from 1 to 65535"),
     "too-long": (["--level", "local", "--tokens", 5000], 3, "this model takes 1 to 1024"),

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import assert_same_logits, load_llama, random_ids, reference_from, reference_logits, tiny_checkpoint
-from workers import linked, running_worker
+from workers import linked, packed_tiny, running_worker
 
+from tsqp.arith import ring
 from tsqp.config import EnclaveConfig
 from tsqp.errors import DeviceMemoryError, InputError
+from tsqp.levels import open_model, runnable
 from tsqp.model.architecture import read_config
 from tsqp.model.linears import Linears, memory_errors
 from tsqp.model.llama import Llama
@@ -69,6 +71,30 @@ def test_loading_onto_a_full_gpu_is_a_clear_error(tmp_path: Path) -> None:
     finally:
         del block
         torch.cuda.empty_cache()
+
+
+def test_exact_products_are_those_of_the_cpu() -> None:
+    """The kernel must be the int8 one, and agree bit for bit, at sizes that it takes and at sizes that it must pad."""
+    assert ring.kernel_for(CUDA).name == "int8 limbs"
+    for rows, inputs, outputs in ((1, 576, 960), (128, 1536, 576), (17, 8, 8), (3, 1, 5), (5, 131, 7), (2, 140000, 9)):
+        x_MK, w_NK = ring.adversarial(rows, inputs, outputs)
+        assert torch.equal(ring.multiply(x_MK.to(CUDA), w_NK.to(CUDA)).cpu(), ring.multiply(x_MK, w_NK))
+
+
+@pytest.mark.parametrize("level", ["verified", "masked"])
+def test_the_integer_levels_give_the_bits_of_the_cpu(tmp_path: Path, level: str) -> None:
+    packed = packed_tiny(tiny_checkpoint(tmp_path / "model"), tmp_path / "packed")
+    ids_BT = random_ids(2, 33)
+    with runnable("local", open_model(str(packed), "local"), EnclaveConfig()) as local:
+        want = local.predict(ids_BT)
+    with (
+        running_worker(packed, device="cuda:0") as worker,
+        running_worker(packed, "ipc", command="dealer", device="cuda:0") as dealer,
+    ):
+        dealers = (dealer,) if level == "masked" else ()
+        config = EnclaveConfig(worker=worker, dealers=dealers)
+        with runnable(level, open_model(str(packed), level), config) as loaded:
+            assert torch.equal(loaded.predict(ids_BT), want)
 
 
 def test_ids_outside_the_vocabulary_do_not_poison_the_gpu(tmp_path: Path) -> None:

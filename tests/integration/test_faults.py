@@ -31,9 +31,9 @@ from tsqp.errors import (
     TransportTimeoutError,
 )
 from tsqp.launch import local_worker
+from tsqp.levels import open_model, runnable
 from tsqp.model.architecture import read_config
 from tsqp.model.llama import Llama
-from tsqp.prefill import runnable
 from tsqp.wire import messages
 
 QUICK = EnclaveConfig(connect_timeout_s=0.5, request_timeout_s=2.0)
@@ -179,5 +179,6 @@ def test_a_worker_ends_with_the_process_that_started_it(tiny_llama: Path) -> Non
 
 
 def test_prefill_needs_an_address_at_open(tiny_llama: Path) -> None:
-    with pytest.raises(InputError, match="address"), runnable("open", tiny_llama, read_config(tiny_llama), QUICK, None):
+    model = open_model(str(tiny_llama), "open")
+    with pytest.raises(InputError, match="address"), runnable("open", model, QUICK):
         pass

@@ -41,6 +41,8 @@ def test_published_defaults() -> None:
         (WorkerConfig, "TSQP_LISTEN", "localhost:1, ipc:///x,", "listen", ("localhost:1", "ipc:///x")),
         (WorkerConfig, "TSQP_THREADS", "3", "threads", 3),
         (WorkerConfig, "TSQP_MAX_MESSAGE_BYTES", "65536", "max_message_bytes", 65536),
+        (WorkerConfig, "TSQP_KEY", "/keys/w.key_secret", "key", "/keys/w.key_secret"),
+        (EnclaveConfig, "TSQP_WORKER_KEY", "w.key", "worker_key", "w.key"),
         (EnclaveConfig, "LLAMA_GPU_ENDPOINT", "gpu:50051", "worker", "gpu:50051"),
         (EnclaveConfig, "TSQP_LEVEL", "local", "level", "local"),
         (EnclaveConfig, "TSQP_CONNECT_TIMEOUT_S", "0.5", "connect_timeout_s", 0.5),
@@ -88,7 +90,7 @@ def test_an_unknown_variable_of_ours_is_refused_and_others_are_not_read(kind: Ki
         (WorkerConfig, "TSQP_THREADS", "99999999999", "threads 99999999999: expected"),
         (WorkerConfig, "TSQP_MAX_MESSAGE_BYTES", "1000", "max_message_bytes 1000: expected at least 65536"),
         (WorkerConfig, "TSQP_MAX_MESSAGE_BYTES", "9" * 30, "max_message_bytes 9+: expected"),
-        (EnclaveConfig, "TSQP_LEVEL", "masked", "unknown level 'masked'"),
+        (EnclaveConfig, "TSQP_LEVEL", "secret", "unknown level 'secret'"),
         (EnclaveConfig, "TSQP_CONNECT_TIMEOUT_S", "soon", "expected float, got 'soon'"),
         (EnclaveConfig, "TSQP_CONNECT_TIMEOUT_S", "0", "connect_timeout_s 0.0: expected at least 0.01"),
         (EnclaveConfig, "TSQP_REQUEST_TIMEOUT_S", "nan", "request_timeout_s nan: expected"),
@@ -106,6 +108,14 @@ def test_flags_are_checked_too() -> None:
         load(WorkerConfig, {"port": 70000}, {})
     with pytest.raises(ConfigError, match="unknown level"):
         load(EnclaveConfig, {"level": "secret"}, {})
+
+
+@pytest.mark.parametrize(("kind", "name"), [(WorkerConfig, "key"), (EnclaveConfig, "worker_key")])
+def test_an_empty_key_is_a_mistake_and_not_a_link_in_clear(kind: Kind, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is empty"):
+        load(kind, {name: ""}, {})
+    with pytest.raises(ConfigError, match="expected str, got ''"):
+        load(kind, env={f"TSQP_{name.upper()}": ""})
 
 
 @pytest.mark.parametrize(

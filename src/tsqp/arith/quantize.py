@@ -15,6 +15,8 @@ from tsqp.errors import ExactnessError, InputError, WeightsError
 # The largest integer that a centred residue stands for.
 L = (1 << 31) - 1
 _MAX_CODE = 127
+# Elements squared at a time in ``largest_norm``, 4 MiB as int32.
+_NORM_BLOCK = 1 << 20
 # float64's relative error in ||x||, s_x and the quotient together is at most (K + 8) 2^-53; times L it stays below 1.
 MAX_K = (1 << 22) - 9
 
@@ -50,7 +52,10 @@ def largest_norm(codes_NK: Tensor) -> float:
     """
     if not codes_NK.numel():
         return 0.0
-    squares = max(int(row.to(torch.int64).square_().sum()) for row in codes_NK)
+    rows = max(1, _NORM_BLOCK // codes_NK.shape[1])
+    squares = max(
+        int(block.to(torch.int32).square_().sum(dim=1, dtype=torch.int64).max()) for block in codes_NK.split(rows)
+    )
     return math.nextafter(math.sqrt(squares), math.inf) if squares else 0.0
 
 
@@ -77,15 +82,14 @@ def quantize_activations(x_MK: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     room = L - largest * math.sqrt(inputs) / 2
     if inputs > MAX_K or room <= 0:
         raise ExactnessError(f"rows of {inputs} inputs and codes of norm {largest:.0f} leave no exact range.")
-    x_MK = x_MK.double()
-    norm_M1 = torch.linalg.vector_norm(x_MK, dim=-1, keepdim=True)
+    norm_M1 = torch.linalg.vector_norm(x_MK, dim=-1, keepdim=True, dtype=torch.float64)
     if not torch.isfinite(norm_M1).all():
         raise InputError("an activation is infinite or not a number; it cannot be quantised.")
     scale_M1 = norm_M1 * (largest / room)
     scale_M1 = torch.where(scale_M1 > 0, scale_M1, torch.ones_like(scale_M1))
     if not largest:
         return torch.zeros(x_MK.shape, dtype=torch.int32, device=x_MK.device), scale_M1
-    return (x_MK / scale_M1).round_().to(torch.int32), scale_M1
+    return torch.div(x_MK, scale_M1).round_().to(torch.int32), scale_M1
 
 
 def dequantize(y_MN: Tensor, scale_M1: Tensor, scale_N: Tensor) -> Tensor:
@@ -99,4 +103,4 @@ def dequantize(y_MN: Tensor, scale_M1: Tensor, scale_N: Tensor) -> Tensor:
     Returns:
         float32, shape (M, N).
     """
-    return (y_MN.double().mul_(scale_M1)).mul_(scale_N).float()
+    return y_MN.float().mul_(scale_M1.float()).mul_(scale_N)

@@ -21,13 +21,14 @@ from tsqp.errors import ExactnessError
 # float64 holds every integer up to 2^53. |x| <= 2^31 and |w| < 2^7, so K products sum to less than K 2^38.
 FLOAT64_MAX_K = 1 << 15
 
-# A limb lies in [-128, 127], a code in [-127, 127]: K products sum to at most K 128 127 <= 2^31 - 1.
-LIMB_MAX_K = ((1 << 31) - 1) // (128 * 127)
+# int8 lies in [-128, 127]: K products sum to at most K 2^14 <= 2^31 - 1.
+INT8_MAX_K = ((1 << 31) - 1) // (1 << 14)
 _LIMBS = 4
 # 0x80808080 as an int32: added to x, it turns the bytes of the sum into balanced limbs, each plus 128.
 _OFFSET = 0x80808080 - (1 << 32)
-# torch._int_mm on CUDA takes more than 16 rows.
+# torch._int_mm on CUDA takes more than 16 rows, and multiples of 8 inputs and outputs.
 _CUDA_MIN_ROWS = 17
+_CUDA_MULTIPLE = 8
 # How many codes are widened to float64 at a time: 32 MB.
 _WIDENED = 1 << 22
 
@@ -70,7 +71,7 @@ class LimbKernel:
     """int8 products of the four balanced base-256 limbs of x, stacked into one product of 4 M rows.
 
     x = l0 + 2^8 l1 + 2^16 l2 + 2^24 l3 (mod 2^32), limbs in [-128, 127]. A limb's product is an exact int32 for K up to
-    ``LIMB_MAX_K``; longer rows are cut. The four are shifted and added with wrap (Horner).
+    ``INT8_MAX_K``; longer rows are cut. The four are shifted and added with wrap (Horner).
     """
 
     name = "int8 limbs"
@@ -78,25 +79,60 @@ class LimbKernel:
     def multiply(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
         """See ``Kernel.multiply``."""
         y_MN: Tensor | None = None
-        for first in range(0, x_MK.shape[1], LIMB_MAX_K):
-            block = slice(first, first + LIMB_MAX_K)
+        for first in range(0, x_MK.shape[1], INT8_MAX_K):
+            block = slice(first, first + INT8_MAX_K)
             part_MN = self._block(x_MK[:, block], w_NK[:, block])
             y_MN = part_MN if y_MN is None else y_MN.add_(part_MN)
         return torch.zeros(len(x_MK), len(w_NK), dtype=torch.int32, device=x_MK.device) if y_MN is None else y_MN
 
     def _block(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
-        rows = len(x_MK)
-        if x_MK.shape[1] == 1:  # torch 2.13 returns garbage for a single column
-            x_MK, w_NK = functional.pad(x_MK, (0, 1)), functional.pad(w_NK, (0, 1))
-        limbs_LK = limbs(x_MK)
-        if limbs_LK.is_cuda and len(limbs_LK) < _CUDA_MIN_ROWS:
-            limbs_LK = torch.cat((limbs_LK, limbs_LK.new_zeros(_CUDA_MIN_ROWS - len(limbs_LK), limbs_LK.shape[1])))
-        product: Tensor = torch._int_mm(limbs_LK, w_NK.T)  # noqa: SLF001  the only int8 product torch has
-        y_IMN = product[: _LIMBS * rows].view(_LIMBS, rows, -1)
+        y_IMN = _int_mm(limbs(x_MK), w_NK).unflatten(0, (_LIMBS, -1))
         y_MN: Tensor = y_IMN[3] << 8
         for limb in (2, 1):
             y_MN.add_(y_IMN[limb]).bitwise_left_shift_(8)
         return y_MN.add_(y_IMN[0])
+
+
+def _int_mm(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """Multiply int8 matrices into int32 by ``torch._int_mm``, padded with zeros to the sizes that it takes."""
+    rows, outputs = len(a_MK), len(b_NK)
+    inputs = a_MK.shape[1]
+    if a_MK.is_cuda:
+        a_MK = _padded(a_MK, max(rows, _CUDA_MIN_ROWS), -(-inputs // _CUDA_MULTIPLE) * _CUDA_MULTIPLE)
+        b_NK = _padded(b_NK, -(-outputs // _CUDA_MULTIPLE) * _CUDA_MULTIPLE, a_MK.shape[1])
+    elif inputs == 1:  # torch 2.13 returns garbage for a single column
+        a_MK, b_NK = _padded(a_MK, rows, 2), _padded(b_NK, outputs, 2)
+    product: Tensor = torch._int_mm(a_MK, b_NK.T)  # noqa: SLF001  the only int8 product torch has
+    return product[:rows, :outputs]
+
+
+def _padded(x_MK: Tensor, rows: int, columns: int) -> Tensor:
+    """Return x, or a copy with zeros below and to the right where it is smaller."""
+    if tuple(x_MK.shape) == (rows, columns):
+        return x_MK
+    return functional.pad(x_MK, (0, columns - x_MK.shape[1], 0, rows - len(x_MK)))
+
+
+def multiply_int8(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """Return the exact integers a B^T of int8 operands on the CPU.
+
+    Args:
+        a_MK: int8, contiguous rows.
+        b_NK: int8.
+
+    Returns:
+        int32, shape (M, N).
+
+    Raises:
+        ExactnessError: K is above ``INT8_MAX_K``, where a sum could leave int32.
+    """
+    if a_MK.shape[1] > INT8_MAX_K:
+        raise ExactnessError(f"int8 products of rows of {a_MK.shape[1]}: at most {INT8_MAX_K} stay in int32.")
+    if not a_MK.numel() or not b_NK.numel():
+        return torch.zeros(len(a_MK), len(b_NK), dtype=torch.int32)
+    if isinstance(kernel_for(a_MK.device), LimbKernel):
+        return _int_mm(a_MK, b_NK)
+    return (a_MK.double() @ b_NK.double().T).to(torch.int32)
 
 
 def limbs(x_MK: Tensor) -> Tensor:
@@ -108,8 +144,8 @@ def limbs(x_MK: Tensor) -> Tensor:
     Returns:
         int8, shape (4 M, K): all rows of limb 0, then of limb 1, and so on.
     """
-    bytes_MKI = (x_MK + _OFFSET).contiguous().view(torch.uint8).unflatten(-1, (-1, _LIMBS))
-    limbs_IMK: Tensor = (bytes_MKI ^ 0x80).view(torch.int8).permute(2, 0, 1)
+    digits_MK = (x_MK + _OFFSET).bitwise_xor_(_OFFSET).contiguous()
+    limbs_IMK: Tensor = digits_MK.view(torch.int8).unflatten(-1, (-1, _LIMBS)).permute(2, 0, 1)
     return limbs_IMK.reshape(_LIMBS * len(x_MK), x_MK.shape[1])
 
 

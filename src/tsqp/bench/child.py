@@ -17,21 +17,27 @@ from msgspec import Struct
 
 from tsqp import prefill
 from tsqp.config import EnclaveConfig
-from tsqp.model.architecture import read_config
-from tsqp.model.tokenizer import find_tokenizer
+from tsqp.levels import open_model, runnable, with_all_logits
 
 LEGACY = ("legacy", "legacy-matmul")
 
 
 class Order(Struct, frozen=True, kw_only=True):
-    """What to load: a level, ``open-all-logits``, or a client of the first protocol."""
+    """What to load: a level, or a client of the first protocol.
 
-    variant: str
-    directory: str
-    tokens: int
+    ``mask_pool`` is for how many tokens masks are ready before each run; 0 has them made or fetched during it.
+    """
+
+    level: str
+    model: str
+    ids: list[int]
     dtype: str
     threads: int
     worker: str
+    all_logits: bool = False
+    mask_pool: int = 0
+    dealers: tuple[str, ...] = ()
+    dealer_keys: tuple[str, ...] = ()
 
 
 class Sample(Struct, frozen=True, kw_only=True):
@@ -43,6 +49,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     round_trips: int
     bytes_moved: int
     next_token: int
+    protection_s: float = 0.0
+    mask_wait_s: float = 0.0
 
 
 Run = Callable[[torch.Tensor], Sample]
@@ -51,11 +59,15 @@ Run = Callable[[torch.Tensor], Sample]
 @contextmanager
 def _own(order: Order) -> Iterator[Run]:
     """Run one of our levels, or the monolithic baseline."""
-    directory = Path(order.directory)
-    config = EnclaveConfig(dtype=order.dtype)
-    level = "open" if order.variant.startswith("open") else order.variant.partition("-")[0]
-    with prefill.runnable(level, directory, read_config(directory), config, order.worker) as loaded:
-        model = prefill.with_all_logits(loaded) if order.variant == "open-all-logits" else loaded
+    config = EnclaveConfig(
+        dtype=order.dtype,
+        worker=order.worker,
+        mask_pool=order.mask_pool,
+        dealers=order.dealers,
+        dealer_keys=order.dealer_keys,
+    )
+    with runnable(order.level, open_model(order.model, order.level), config) as loaded:
+        model = with_all_logits(loaded) if order.all_logits else loaded
 
         def run(ids_BT: torch.Tensor) -> Sample:
             measured, logits_BV = prefill.timed(model, ids_BT)
@@ -66,6 +78,8 @@ def _own(order: Order) -> Iterator[Run]:
                 round_trips=measured.cost.round_trips,
                 bytes_moved=measured.cost.bytes_sent + measured.cost.bytes_received,
                 next_token=int(logits_BV[0].argmax()),
+                protection_s=measured.cost.protection_ns / 1e9,
+                mask_wait_s=measured.cost.mask_wait_ns / 1e9,
             )
 
         yield run
@@ -77,7 +91,7 @@ def _legacy(order: Order) -> Iterator[Run]:
     from tsqp.bench.legacy_client import LegacyClient, build  # noqa: PLC0415  transformers and msgpack are optional
 
     client = LegacyClient(order.worker)
-    model = build(Path(order.directory), client, matmul=order.variant == "legacy-matmul")
+    model = build(Path(order.model), client, matmul=order.level == "legacy-matmul")
 
     def run(ids_BT: torch.Tensor) -> Sample:
         trips, moved = client.round_trips, client.bytes_sent + client.bytes_received
@@ -103,10 +117,8 @@ def main() -> None:
     """Follow the order given as the first argument."""
     order = msgspec.json.decode(sys.argv[1], type=Order)
     torch.set_num_threads(order.threads)
-    directory = Path(order.directory)
-    ids = prefill.prompt_ids(read_config(directory), find_tokenizer(directory), None, order.tokens)
-    ids_BT = torch.tensor([ids])
-    with (_legacy if order.variant in LEGACY else _own)(order) as run:
+    ids_BT = torch.tensor([order.ids])
+    with (_legacy if order.level in LEGACY else _own)(order) as run:
         for _ in sys.stdin:
             sys.stdout.write(msgspec.json.encode(run(ids_BT)).decode() + "\n")
             sys.stdout.flush()

@@ -23,40 +23,20 @@ import msgspec
 
 from tsqp.bench import hardware
 from tsqp.bench.child import Order, Sample
+from tsqp.bench.plans import PLANS, Plan
 from tsqp.errors import InternalError
 from tsqp.launch import local_worker
+from tsqp.levels import open_model
+from tsqp.model.locate import locate_packed
 from tsqp.paths import private_socket_directory
+from tsqp.prefill import prompt_ids
 from tsqp.reports import BenchReport, Ratio, Variant
-from tsqp.threads import SHARED_WAITING
+from tsqp.transport import keys
 
-_ACTIVE = {"OMP_WAIT_POLICY": "ACTIVE"}
 _WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _WARM_UP = 2
 # Each turn begins with one run that is not counted: the caches still hold the variant before.
 _RUNS_PER_TURN = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One variant: its name, the environment it runs in, whether it takes part in every round."""
-
-    name: str
-    environment: dict[str, str]
-    settings: str
-    timed: bool = True
-
-
-# The published client sets nothing, so it gets OpenMP's own default.
-PLANS = (
-    Plan("monolithic-active", _ACTIVE, "transformers, sdpa, inference mode, no cache, OpenMP active"),
-    Plan("monolithic-passive", SHARED_WAITING, "transformers, sdpa, inference mode, no cache, OpenMP passive"),
-    Plan("local", {}, "this engine in one process, OpenMP default"),
-    Plan("open", SHARED_WAITING, "this engine, worker over shm, OpenMP passive on both sides"),
-    Plan("open-ipc", SHARED_WAITING, "as open, worker over ipc"),
-    Plan("legacy", {}, "published client over tcp, one blocking call per module, sdpa, OpenMP default"),
-    Plan("open-all-logits", SHARED_WAITING, "as open, head at every position; once, for its bytes", timed=False),
-    Plan("legacy-matmul", {}, "as legacy, attention's two products on the worker, as with eager attention"),
-)
 
 
 def _without_waiting() -> dict[str, str]:
@@ -107,9 +87,51 @@ class _Child:
                 pipe.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Peers:
+    """The workers by link, the dealer and its public key."""
+
+    links: dict[str, str]
+    dealer: str
+    dealer_key: str
+
+
+@contextmanager
+def _peers(directory: Path, packed: Path, dtype: str, threads: int) -> Iterator[_Peers]:
+    """Run a float worker, one of int8 codes, and a dealer."""
+    shared = ["--threads", str(threads), "--device", "cpu"]
+    floats = ["--model", str(directory), "--dtype", dtype, *shared]
+    codes = ["--model", str(packed), *shared]
+    with ExitStack() as stack:
+        private = stack.enter_context(private_socket_directory())
+        public, secret = keys.create(private, "dealer")
+        tcp, ipc = f"tcp://127.0.0.1:{_free_port()}", f"ipc://{private}/worker"
+        environment = _without_waiting()
+        shm = stack.enter_context(local_worker([*floats, "--listen", tcp, "--listen", ipc], environment=environment))
+        exact = stack.enter_context(local_worker(codes, environment=environment))
+        dealer = stack.enter_context(
+            local_worker([*codes, "--key", str(secret)], "ipc", environment=environment, command="dealer")
+        )
+        yield _Peers({"shm": shm, "ipc": ipc, "tcp": tcp, "exact": exact}, dealer, str(public))
+
+
+def _order(plan: Plan, peers: _Peers, model: Path, ids: list[int], dtype: str, threads: int) -> Order:
+    return Order(
+        level=plan.level,
+        model=str(model),
+        ids=ids,
+        dtype=dtype,
+        threads=threads,
+        worker=peers.links[plan.link],
+        all_logits=plan.all_logits,
+        mask_pool=len(ids) if plan.masks_ready else 0,
+        dealers=(peers.dealer,) if plan.dealer else (),
+        dealer_keys=(peers.dealer_key,) if plan.dealer else (),
+    )
+
+
 def run(
     model: str,
-    directory: Path,
     tokens: int,
     dtype: str,
     threads: int,
@@ -120,10 +142,9 @@ def run(
     """Measure every variant.
 
     Args:
-        model: its name for the report.
-        directory: its Hugging Face directory.
+        model: a plain model: its name, directory or .gguf file.
         tokens: prompt length.
-        dtype: of weights and activations.
+        dtype: of weights and activations, of the levels in floats.
         threads: per process.
         rounds: turns of each variant, each of one run to warm up and four that count.
         on_step: told the fraction done.
@@ -131,25 +152,17 @@ def run(
     Raises:
         TsqpError: the worker does not start, or a variant fails.
     """
+    opened = open_model(model, "open", on_step)
+    packed = locate_packed(model, lambda done: on_step("packing the model", done))
+    ids = prompt_ids(opened.architecture, opened.tokenizer, None, tokens)
     with ExitStack() as stack:
-        tcp = f"tcp://127.0.0.1:{_free_port()}"
-        arguments = ["--model", str(directory), "--dtype", dtype, "--threads", str(threads), "--device", "cpu"]
-        ipc = f"ipc://{stack.enter_context(private_socket_directory())}/worker"
-        shm = stack.enter_context(
-            local_worker([*arguments, "--listen", tcp, "--listen", ipc], environment=_without_waiting())
-        )
-        addresses = {"legacy": tcp, "legacy-matmul": tcp, "open-ipc": ipc}
-        children = []
-        for plan in PLANS:
-            order = Order(
-                variant=plan.name,
-                directory=str(directory),
-                tokens=tokens,
-                dtype=dtype,
-                threads=threads,
-                worker=addresses.get(plan.name, shm),
+        peers = stack.enter_context(_peers(opened.directory, packed, dtype, threads))
+        children = [
+            stack.enter_context(
+                _started(plan, _order(plan, peers, packed if plan.packed else opened.directory, ids, dtype, threads))
             )
-            children.append(stack.enter_context(_started(plan, order)))
+            for plan in PLANS
+        ]
         _measure(children, rounds, on_step)
         variants = [_summary(child, tokens) for child in children]
     _check_agreement(children)
@@ -196,10 +209,11 @@ def _measure(children: list[_Child], rounds: int, on_step: Callable[[str, float]
 
 
 def _check_agreement(children: list[_Child]) -> None:
-    """Refuse to report times of variants that do not predict the same token."""
-    predicted = {child.plan.name: child.samples[-1].next_token for child in children}
-    if len(set(predicted.values())) != 1:
-        raise InternalError(f"the variants do not agree on the next token: {predicted}.")
+    """Refuse to report times of variants that do not predict the same token: in floats, and over the packed model."""
+    for packed in (False, True):
+        predicted = {c.plan.name: c.samples[-1].next_token for c in children if c.plan.packed == packed}
+        if len(set(predicted.values())) != 1:
+            raise InternalError(f"the variants do not agree on the next token: {predicted}.")
 
 
 def _summary(child: _Child, tokens: int) -> Variant:
@@ -217,6 +231,8 @@ def _summary(child: _Child, tokens: int) -> Variant:
         enclave_s=typical.total_s - typical.worker_s - typical.wire_s,
         worker_s=typical.worker_s,
         wire_s=typical.wire_s,
+        protection_s=typical.protection_s,
+        mask_wait_s=typical.mask_wait_s,
     )
 
 
@@ -232,11 +248,25 @@ def ratios(variants: list[Variant]) -> list[Ratio]:
     legacy, with_matmul = by_name["legacy"], by_name["legacy-matmul"]
     share = open_.bytes_per_token
     every = by_name["open-all-logits"].bytes_per_token
+    masked = by_name["masked"]
     return [
         _ratio("open over shm / monolithic", open_.median_s / baseline_s),
         _ratio("open over ipc / monolithic", ipc.median_s / baseline_s, at_most=1.10),
         _ratio("local / monolithic", by_name["local"].median_s / baseline_s),
         _ratio("open over shm / local", open_.median_s / by_name["local"].median_s),
+        _ratio("local int8 / monolithic", by_name["local-int8"].median_s / baseline_s),
+        _ratio("verified / monolithic", by_name["verified"].median_s / baseline_s),
+        _ratio("masked, pool filled / monolithic", masked.median_s / baseline_s, at_most=2.6),
+        *(
+            _ratio(f"{label} / monolithic", by_name[name].median_s / baseline_s)
+            for name, label in (
+                ("masked-sustained", "masked, masks made within"),
+                ("masked-dealer", "masked, dealer, pool filled"),
+                ("masked-dealer-sustained", "masked, dealer, fetched within"),
+            )
+        ),
+        _ratio("masked, pool filled / local", masked.median_s / by_name["local"].median_s),
+        _ratio("masked: protection's share of the time", masked.protection_s / masked.median_s),
         _ratio("legacy client over tcp / open over shm", legacy.median_s / open_.median_s),
         _ratio(
             "legacy client with Matmul over tcp / open over shm", with_matmul.median_s / open_.median_s, at_least=3.0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import typer
 
 from tsqp.cli.bench import bench
+from tsqp.cli.dealer import dealer
 from tsqp.cli.doctor import doctor
+from tsqp.cli.keys import keys
+from tsqp.cli.pack import pack
 from tsqp.cli.prefill import prefill
 from tsqp.cli.worker import worker
 
@@ -16,8 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (worker, prefill, bench, doctor):
+for command in (worker, dealer, prefill, pack, bench, doctor):
     app.command()(command)
+app.add_typer(keys)
 
 
 def main() -> None:

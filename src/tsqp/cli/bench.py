@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Turns of each variant; each has four measured runs.")] = 15,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure prefill: the split, the same engine in one process, transformers, and the published client.
+    """Measure prefill at every level, against transformers and against the published client.
 
     All variants stay loaded and take turns within one run; ratios are between medians.
     """
@@ -37,14 +38,10 @@ def bench(
         if rounds < 1:
             raise ConfigError(f"--rounds {rounds}: at least 1 is needed.")
         from tsqp.bench import prefill_suite
-        from tsqp.model.locate import locate
 
         with progress() as step:
-            directory = locate(config.model, lambda done: step("converting the model", done))
             count = config.threads or available_cores()
-            report = prefill_suite.run(
-                config.model, directory, tokens, config.dtype, count, rounds=rounds, on_step=step
-            )
+            report = prefill_suite.run(config.model, tokens, config.dtype, count, rounds=rounds, on_step=step)
         if json:
             print_json(report)
         else:
@@ -54,14 +51,15 @@ def bench(
 def _show(report: BenchReport) -> None:
     console = Console(highlight=False)
     title = f"{report.model}, prefill of {report.tokens} tokens, {report.dtype}, {report.threads} threads per process"
-    table = Table("variant", "median ms", "p95", "enclave", "worker", "wire", "KB/token", "trips", title=title)
+    headings = ("variant", "median ms", "p95", "enclave", "worker", "wire", "KB/token", "trips")
+    table = Table(*headings, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for variant in report.variants:
         parts = (variant.enclave_s, variant.worker_s, variant.wire_s)
         split = [f"{seconds * 1e3:.1f}" for seconds in parts] if variant.worker_s else ["", "", ""]
         moved = [f"{variant.bytes_per_token / 1e3:.0f}", str(variant.round_trips)] if variant.round_trips else ["", ""]
         table.add_row(variant.name, f"{variant.median_s * 1e3:.1f}", f"{variant.p95_s * 1e3:.1f}", *split, *moved)
     console.print(table)
-    compared = Table("ratio", "value", "limit", "")
+    compared = Table("ratio", "value", "limit", "", box=box.SIMPLE_HEAD, pad_edge=False)
     for ratio in report.ratios:
         verdict = "" if ratio.ok is None else "holds" if ratio.ok else "[red]missed[/]"
         compared.add_row(ratio.name, f"{ratio.value:.2f}", ratio.limit, verdict)

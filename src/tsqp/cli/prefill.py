@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,7 @@ from rich.table import Table
 
 from tsqp import config as settings
 from tsqp.cli.reporting import notes, print_json, progress, reported
-from tsqp.config import EnclaveConfig
+from tsqp.config import WORKER_LEVELS, EnclaveConfig
 from tsqp.errors import ConfigError, InputError
 from tsqp.threads import set_threads, share_cores
 
@@ -21,20 +23,52 @@ if TYPE_CHECKING:
     from tsqp.reports import PrefillReport
 
 
+_SOURCES = {"enclave": "the enclave", "dealers": "dealers"}
+
+
 def prefill(
     model: Annotated[
         str | None,
-        typer.Option(help="smollm2, a Hugging Face directory or a .gguf file.", show_default="smollm2"),
+        typer.Option(help="smollm2, a Hugging Face directory, a .gguf file or a packed model.", show_default="smollm2"),
     ] = None,
     level: Annotated[
         str | None,
         typer.Option(
-            help="open: split, the worker reads everything. local: all in this process. monolithic: transformers.",
+            help="open: split, the worker reads everything. verified: its results are checked. masked: checked, and it "
+            "sees uniform words only. local: all in this process. monolithic: transformers.",
             show_default="open",
         ),
     ] = None,
     worker: Annotated[
         str | None, typer.Option(help="The worker's address.", show_default="starts one for this run")
+    ] = None,
+    worker_key: Annotated[
+        str | None,
+        typer.Option(
+            help="The worker's public key, NAME.key or its text: encrypts the link.", show_default="a link in clear"
+        ),
+    ] = None,
+    masks: Annotated[
+        str | None,
+        typer.Option(help="masked: who computes mask products, enclave or dealers.", show_default="enclave"),
+    ] = None,
+    dealer: Annotated[
+        list[str] | None, typer.Option(help="masked: a dealer's address, repeatable.", show_default="none")
+    ] = None,
+    dealer_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Public key of each dealer, in order: NAME.key or its text.", show_default="links in clear"),
+    ] = None,
+    mask_pool: Annotated[
+        str | None,
+        typer.Option(help="masked: for how many tokens masks are kept ready.", show_default="one prompt"),
+    ] = None,
+    mask_memory: Annotated[
+        int | None, typer.Option(help="Bytes that the mask pool may take.", show_default="1 GiB")
+    ] = None,
+    codes: Annotated[
+        str | None,
+        typer.Option(help="A packed model to read the codes from.", show_default="streamed from the worker"),
     ] = None,
     tokens: Annotated[
         int | None,
@@ -53,8 +87,23 @@ def prefill(
 ) -> None:
     """Run one prompt and say what it cost: time by part, round trips, bytes, and the next token."""
     with reported(as_json=json):
-        flags = {"model": model, "level": level, "worker": worker, "dtype": dtype, "threads": threads}
+        flags = {
+            "model": model,
+            "level": level,
+            "worker": worker,
+            "worker_key": worker_key,
+            "masks": masks,
+            "dealers": tuple(dealer) if dealer else None,
+            "dealer_keys": tuple(dealer_key) if dealer_key else None,
+            "mask_pool": _pool_rows(mask_pool),
+            "mask_memory": mask_memory,
+            "codes": codes,
+            "dtype": dtype,
+            "threads": threads,
+        }
         config = settings.load(EnclaveConfig, flags)
+        if config.level not in ("local", "monolithic") and config.worker_key and not config.worker:
+            raise ConfigError("a worker's key was given but no worker: give its address too (--worker).")
         if batch < 1:
             raise ConfigError(f"--batch {batch}: at least 1 is needed.")
         text = _prompt_text(prompt, prompt_file)
@@ -63,6 +112,15 @@ def prefill(
             print_json(report)
         else:
             _show(report)
+
+
+def _pool_rows(text: str | None) -> int | None:
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    raise ConfigError(
+        f"--mask-pool {text}: expected a number of rows. The pool is key material: it lives in memory only and cannot "
+        "be kept in a file."
+    )
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str | None:
@@ -87,51 +145,61 @@ def _run(
     *,
     offload_attention: bool,
 ) -> PrefillReport:
-    if config.level == "open":
+    if config.level in WORKER_LEVELS:
         share_cores()
     import torch
 
     from tsqp import prefill as runs
-    from tsqp.launch import local_worker
-    from tsqp.model.architecture import read_config
-    from tsqp.model.locate import locate
-    from tsqp.model.tokenizer import find_tokenizer
+    from tsqp.levels import open_model, runnable
     from tsqp.transport.urls import parse
 
     threads = set_threads(config.threads)
     with ExitStack() as stack:
         step = stack.enter_context(progress())
-        directory = locate(config.model, lambda done: step("converting the model", done))
-        architecture = read_config(directory)
-        tokenizer = find_tokenizer(directory)
-        ids_BT = torch.tensor([runs.prompt_ids(architecture, tokenizer, text, tokens)] * batch)
-        worker = config.worker
-        if config.level == "open" and worker is not None and not parse(worker).stays_on_this_machine:
-            notes.print(f"{escape(worker)} is not on this machine: activations travel to it unencrypted.")
-        if config.level == "open" and worker is None:
-            step("starting a worker", 0.0)
-            worker = stack.enter_context(
-                local_worker(["--model", str(directory), "--dtype", config.dtype, "--threads", str(threads)])
+        model = open_model(config.model, config.level, step)
+        ids = runs.prompt_ids(model.architecture, model.tokenizer, text, tokens)
+        ids_BT = torch.tensor([ids] * batch)
+        if config.mask_pool is None:
+            config = replace(config, mask_pool=ids_BT.numel())
+        readable = config.level in ("open", "verified") and not config.worker_key
+        if readable and config.worker and not parse(config.worker).stays_on_this_machine:
+            notes.print(f"{escape(config.worker)} is not on this machine: activations travel to it unencrypted.")
+        if config.level in WORKER_LEVELS and config.worker is None:
+            config = replace(
+                config, worker=stack.enter_context(_own_worker(config, str(model.directory), threads, step))
             )
-            step("starting a worker", 1.0)
-        model = stack.enter_context(
-            runs.runnable(
+        loaded = stack.enter_context(
+            runnable(
                 config.level,
-                directory,
-                architecture,
+                model,
                 config,
-                worker,
                 offload_attention=offload_attention,
                 on_step=step,
+                on_notice=lambda sentence: notes.print(escape(sentence)),
             )
         )
-        describe: dict[str, str | int] = {
+        describe: dict[str, str | int | None] = {
             "model": config.model,
             "level": config.level,
-            "dtype": config.dtype,
+            "masks": ("dealers" if config.dealers else "enclave") if config.level == "masked" else None,
+            "dtype": "int8" if model.packed else config.dtype,
             "threads": threads,
         }
-        return runs.measure(model, ids_BT, repeat, describe, tokenizer.decode if tokenizer else None, step)
+        decode = model.tokenizer.decode if model.tokenizer else None
+        return runs.measure(loaded, ids_BT, repeat, describe, decode, step)
+
+
+@contextmanager
+def _own_worker(
+    config: EnclaveConfig, directory: str, threads: int, step: Callable[[str, float], None]
+) -> Iterator[str]:
+    """Run a worker on this machine for the time of a ``with`` block; yield its address."""
+    from tsqp.launch import local_worker
+
+    step("starting a worker", 0.0)
+    with local_worker(["--model", directory, "--dtype", config.dtype, "--threads", str(threads)]) as url:
+        step("starting a worker", 1.0)
+        yield url
 
 
 def _show(report: PrefillReport) -> None:
@@ -142,6 +210,16 @@ def _show(report: PrefillReport) -> None:
     table.add_row("prompt", f"{report.batch} x {report.tokens} tokens")
     table.add_row("prefill", f"{report.prefill_s * 1000:.1f} ms (median of {report.repeats})")
     table.add_row("throughput", f"{report.tokens_per_s:.0f} tokens/s")
+    if report.masks:
+        outside = f"{report.mask_fill_s * 1000:.0f} ms outside of the prefill"
+        waited = f"{report.mask_wait_s * 1000:.0f} ms waited for in it"
+        table.add_row("masks", f"{report.mask_rows_used} rows by {_SOURCES[report.masks]}; {outside}, {waited}")
+    if report.verified_rows:
+        names = ("quantising", "masking", "unmasking", "checking")
+        shares = (report.quantise_s, report.mask_s, report.unmask_s, report.check_s)
+        protection = ", ".join(f"{n} {s * 1000:.1f} ms" for n, s in zip(names, shares, strict=True) if s)
+        table.add_row("protection", f"{protection}: {sum(shares) / report.prefill_s:.0%} of the prefill")
+        table.add_row("checked", f"{report.verified_rows} rows of products, each with a miss rate of 2^-61")
     if report.round_trips:
         parts = zip(("enclave", "worker", "wire"), (report.enclave_s, report.worker_s, report.wire_s), strict=True)
         table.add_row("time by part", ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in parts))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -13,12 +14,19 @@ from tsqp.cli.reporting import notes, print_json, progress, reported
 from tsqp.threads import share_cores
 from tsqp.wire.messages import PROTOCOL_VERSION
 
+if TYPE_CHECKING:
+    from tsqp.reports import WorkerReady
+
 
 def worker(
     model: Annotated[
         str | None,
-        typer.Option(help="smollm2, a Hugging Face directory or a .gguf file.", show_default="smollm2"),
+        typer.Option(help="smollm2, a Hugging Face directory, a .gguf file or a packed model.", show_default="smollm2"),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Serve int8 codes, for the levels verified and masked; a packed model always is."),
+    ] = False,
     listen: Annotated[
         list[str] | None,
         typer.Option(
@@ -29,21 +37,38 @@ def worker(
     device: Annotated[str | None, typer.Option(help="cpu or cuda:N.", show_default="cuda:0 where there is one")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="float32")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Encrypt every link with this key, a file NAME.key_secret.", show_default="links in clear"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object when ready.")] = False,
     exit_with_parent: Annotated[bool, typer.Option("--exit-with-parent", hidden=True)] = False,
 ) -> None:
     """Start a worker: it holds a model's Linear and Embedding layers and multiplies what enclaves send.
 
-    It reads every activation in clear at the level `open`. Stop it with Ctrl-C.
+    It reads every activation in clear at the levels `open` and `verified`. Stop it with Ctrl-C.
     """
-    with reported(as_json=json):
-        flags = {
-            "model": model,
-            "listen": tuple(listen) if listen else None,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-        }
+    flags = {
+        "model": model,
+        "serves": "exact" if exact else None,
+        "listen": tuple(listen) if listen else None,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "key": key,
+    }
+    serve(flags, as_json=json, exit_with_parent=exit_with_parent)
+
+
+def serve(flags: Mapping[str, object], *, as_json: bool, exit_with_parent: bool) -> None:
+    """Start what ``tsqp worker`` and ``tsqp dealer`` start, say so, and answer until stopped.
+
+    Args:
+        flags: settings of ``WorkerConfig``; None values count as not given.
+        as_json: print one JSON object when ready.
+        exit_with_parent: stop when standard input closes.
+    """
+    with reported(as_json=as_json):
         config = settings.load(settings.WorkerConfig, flags)
         share_cores()
         from tsqp.reports import WorkerReady
@@ -57,16 +82,25 @@ def worker(
             model_digest=running.digest,
             device=str(running.device),
             dtype=running.dtype,
+            serves=running.serves,
             threads=running.threads,
             modules=running.modules,
             endpoints=[endpoint.url for endpoint in running.endpoints],
             protocol=PROTOCOL_VERSION,
+            public_key=running.public_key,
         )
-        if json:
+        if as_json:
             print_json(ready)
         else:
-            typer.echo(
-                f"{ready.model} on {ready.device} in {ready.dtype}: {ready.modules} modules, {ready.threads} threads"
-            )
-            typer.echo(f"listening on {', '.join(ready.endpoints)}; Ctrl-C stops")
+            _show(ready)
         running.serve()
+
+
+def _show(ready: WorkerReady) -> None:
+    what = {"open": "", "exact": ", exact products", "masks": ", mask products"}[ready.serves]
+    typer.echo(
+        f"{ready.model} on {ready.device} in {ready.dtype}{what}: {ready.modules} modules, {ready.threads} threads"
+    )
+    if ready.public_key:
+        typer.echo(f"public key {ready.public_key}")
+    typer.echo(f"listening on {', '.join(ready.endpoints)}; Ctrl-C stops")

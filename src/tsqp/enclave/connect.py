@@ -1,19 +1,24 @@
-"""Meets a worker: connects, compares protocol and model, and returns ready ``OpenOps``."""
+"""Meets workers and dealers: connects, compares protocol and model, and returns links that are ready for use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.remote_ops import OpenOps
-from tsqp.enclave.session import Session, check_worker
-from tsqp.model.architecture import LlamaConfig
+from tsqp.enclave.session import Expected, Role, Session, check_peer
+from tsqp.meter import Meter
+from tsqp.model.architecture import LlamaConfig, linear_groups
+from tsqp.transport.base import ClientTransport
 from tsqp.transport.client import open_client
 from tsqp.transport.urls import parse
 from tsqp.wire import codec
 from tsqp.wire.messages import Welcome
+
+# Lets a test or the audit see what leaves; given the transport and returning one that passes everything on.
+Wrap = Callable[[ClientTransport], ClientTransport]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +30,63 @@ class Link:
     welcome: Welcome
 
 
-@contextmanager
-def connect(worker: str, config: EnclaveConfig, architecture: LlamaConfig, digest: str) -> Iterator[Link]:
-    """Connect to a worker for the time of a ``with`` block.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Where a worker or dealer is, and how it is recognised.
+
+    Attributes:
+        address: as people write it.
+        key: its public key, 40 bytes of z85; None means a link in clear.
+        wrap: applied to the transport.
+    """
+
+    address: str
+    key: bytes | None = None
+    wrap: Wrap | None = None
+
+
+def meet(peer: Peer, config: EnclaveConfig, expected: Expected, meter: Meter | None = None) -> tuple[Session, Welcome]:
+    """Connect to a peer and check that it is the right one.
 
     Args:
-        worker: its address.
+        peer: where it is.
+        config: timeouts.
+        expected: what it must serve.
+        meter: where the session's costs are counted.
+
+    Raises:
+        PeerKeyError: what answers does not hold that key.
+        TransportError: nothing answers there.
+        ProtocolError, ModelMismatchError: what answers is not the right peer.
+    """
+    transport: ClientTransport = open_client(parse(peer.address), config.max_message_bytes, peer.key)
+    role: Role = "dealer" if expected.serves == "masks" else "worker"
+    session = Session(peer.wrap(transport) if peer.wrap else transport, config.request_timeout_s, meter, role)
+    try:
+        welcome = session.hello(config.connect_timeout_s)
+        check_peer(welcome, expected, session.peer)
+    except BaseException:
+        session.close()
+        raise
+    return session, welcome
+
+
+@contextmanager
+def connect(peer: Peer, config: EnclaveConfig, architecture: LlamaConfig, digest: str) -> Iterator[Link]:
+    """Connect to a worker at the level `open` for the time of a ``with`` block.
+
+    Args:
+        peer: where it is.
         config: timeouts and dtype.
         architecture: the model's architecture.
         digest: the model's digest.
 
     Raises:
-        TransportError: nothing answers there.
-        ProtocolError, ModelMismatchError: what answers is not the right worker.
+        TsqpError: as ``meet``.
     """
-    session = Session(open_client(parse(worker), config.max_message_bytes), config.request_timeout_s)
+    expected = Expected(serves="open", digest=digest, dtype=config.dtype, groups=linear_groups(architecture))
+    session, welcome = meet(peer, config, expected)
     try:
-        welcome = session.hello(config.connect_timeout_s)
-        check_worker(welcome, architecture, digest, config.dtype, session.peer)
         yield Link(session, OpenOps(session, architecture, codec.TORCH_DTYPES[config.dtype]), welcome)
     finally:
         session.close()

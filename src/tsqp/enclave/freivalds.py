@@ -5,28 +5,32 @@ y claimed to be xq W^T is accepted only if <y, s> = <xq, c> mod q. An error in a
 whose entries are below 2^33 in absolute value, hence non-zero mod q; its product with s is uniform, so a wrong row
 passes with probability 1/q. Every row is checked, never a sum of rows. docs/arithmetic.md, "Checking", has the rest.
 
-Sums are exact float64 products over limbs of the vector: operands of b bits, limbs of w bits and n terms stay exact
-while b + w + log2 n <= 53, which chooses w.
+Inner products are int8 products: integers are cut into bytes, field elements into eight balanced limbs, and int32 holds
+the sums exactly (``ring.multiply_int8``). docs/arithmetic.md has the bounds.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from tsqp.arith.ring import INT8_MAX_K, multiply_int8
 from tsqp.errors import ExactnessError, IntegrityError
+from tsqp.wire.codec import Claim
 
 Q = (1 << 61) - 1
 _Q_BITS = 61
-_FLOAT64_BITS = 53
-_RESULT_BITS = 31
-_CODE_BITS = 7
-# How many codes are widened to float64 at a time: 32 MB.
-_WIDENED = 1 << 22
+_HALF_BITS = 32
+_WORD_BYTES = 4
+# y = d3 2^24 + d2 2^16 + d1 2^8 + d0 + 0x808080 for the int8 bytes d of y xor 0x808080: the top byte is signed already.
+_CENTRE = 0x808080
+# Adding it to an int64 and flipping every byte's top bit gives eight balanced limbs.
+_LIMB_OFFSET = 0x8080808080808080 - (1 << 64)
+# Sums of at most this many blocks of INT8_MAX_K bytes stay below 2^61 in absolute value.
+_MAX_BLOCKS = 32
 
 RandomBytes = Callable[[int], bytes]
 
@@ -36,57 +40,93 @@ class FieldVector:
 
     Args:
         values_N: int64 in [0, q), shape (N,).
+
+    Raises:
+        ExactnessError: it is too long for sums to stay exact.
     """
 
     def __init__(self, values_N: Tensor) -> None:
+        if _WORD_BYTES * len(values_N) > _MAX_BLOCKS * INT8_MAX_K:
+            raise ExactnessError(f"rows of {len(values_N)} integers cannot be summed exactly.")
         self._values_N = values_N
-        self._limbs: dict[int, Tensor] = {}
+        self._word_limbs: tuple[Tensor, int] | None = None
 
     def __repr__(self) -> str:
         return f"FieldVector(length={len(self._values_N)}, values not shown)"
 
-    def dot(self, rows_MN: Tensor, bits: int) -> Tensor:
-        """Return <row, vector> mod q for each row.
+    def __reduce__(self) -> tuple[object, ...]:
+        raise ExactnessError("a check's secret must not leave its process.")
+
+    def __len__(self) -> int:
+        return len(self._values_N)
+
+    def part(self, rows: slice) -> FieldVector:
+        """Return some of its entries as a vector of their own."""
+        return FieldVector(self._values_N[rows])
+
+    def add(self, values_N: Tensor) -> None:
+        """Add a vector of int64 in [0, q)."""
+        self._values_N = _below_q(self._values_N + values_N)
+        self._word_limbs = None
+
+    def dot_words(self, rows_MN: Tensor) -> Tensor:
+        """Return <row, vector> for rows of int32 as two halves: h0 + 2^32 h1 mod q.
 
         Args:
-            rows_MN: integers of at most 2^bits in absolute value.
-            bits: their bound.
+            rows_MN: int32.
 
         Returns:
-            int64 in [0, q), shape (M,).
-
-        Raises:
-            ExactnessError: the rows are too long to be summed exactly.
+            int64 below 2^62 in absolute value, shape (M, 2).
         """
-        width = _FLOAT64_BITS - bits - math.ceil(math.log2(max(1, len(self._values_N))))
-        if width < 1:
-            raise ExactnessError(f"rows of {len(self._values_N)} integers of {bits} bits cannot be summed exactly.")
-        # Sums are below 2^53 in absolute value; shifted by a multiple of the width, limb after limb.
-        sums_ML = (rows_MN.double() @ self._limbs_of(width)).to(torch.int64)
-        total_M = torch.zeros(len(rows_MN), dtype=torch.int64)
-        for limb in reversed(range(sums_ML.shape[1])):
-            total_M = _mod_q(_times_power_of_two(total_M, width) + torch.remainder(sums_ML[:, limb], Q))
-        return total_M
+        if self._word_limbs is None:
+            # Byte i of a word weighs 2^8i: give each its own multiple of the value.
+            spread_NB = torch.stack([_times_power_of_two(self._values_N, 8 * i) for i in range(_WORD_BYTES)], dim=1)
+            offset = _CENTRE * sum(self._values_N.tolist()) % Q
+            self._word_limbs = _limbs(spread_NB.flatten()), offset
+        limbs_8L, offset = self._word_limbs
+        halves_M2 = _halves((rows_MN ^ _CENTRE).contiguous().view(torch.int8), limbs_8L)
+        halves_M2[:, 0] += offset
+        return halves_M2
 
-    def _limbs_of(self, width: int) -> Tensor:
-        """Split the values into limbs of ``width`` bits, least significant first: float64, shape (N, limbs)."""
-        if width not in self._limbs:
-            count = -(-_Q_BITS // width)
-            mask = (1 << width) - 1
-            limbs = [(self._values_N >> (width * limb)) & mask for limb in range(count)]
-            self._limbs[width] = torch.stack(limbs, dim=1).double()
-        return self._limbs[width]
+    def dot_codes(self, rows_MN: Tensor) -> Tensor:
+        """Return <row, vector> mod q for rows of int8: int64 in [0, q), shape (M,)."""
+        return _mod_q(_halves(rows_MN.contiguous(), _limbs(self._values_N)))
 
 
-def _mod_q(x_M: Tensor) -> Tensor:
-    """Reduce values in [0, 2 q]."""
+def _limbs(values_L: Tensor) -> Tensor:
+    """Cut values of F_q into eight balanced limbs each, least significant first: int8, shape (8, L)."""
+    centred_L = torch.where(values_L > Q // 2, values_L - Q, values_L)
+    return ((centred_L + _LIMB_OFFSET) ^ _LIMB_OFFSET).view(torch.int8).view(-1, 8).T.contiguous()
+
+
+def _halves(bytes_ML: Tensor, limbs_8L: Tensor) -> Tensor:
+    """Return the inner products of bytes with what limbs stand for, as halves h0 + 2^32 h1: int64, shape (M, 2).
+
+    A block's products with one limb sum to less than 2^31, four of them shifted by up to 24 bits to less than 2^56.
+    """
+    weights_42 = torch.tensor([[1, 0], [1 << 8, 0], [1 << 16, 0], [1 << 24, 0]])
+    weights_82 = torch.cat((weights_42, weights_42.flip(1)))
+    halves_M2 = torch.zeros(len(bytes_ML), 2, dtype=torch.int64)
+    for first in range(0, bytes_ML.shape[1], INT8_MAX_K):
+        block = slice(first, first + INT8_MAX_K)
+        halves_M2 += multiply_int8(bytes_ML[:, block], limbs_8L[:, block]).to(torch.int64) @ weights_82
+    return halves_M2
+
+
+def _mod_q(halves_M2: Tensor) -> Tensor:
+    """Return h0 + 2^32 h1 mod q, in [0, q)."""
+    low_M, high_M = torch.remainder(halves_M2, Q).unbind(1)
+    return _below_q(low_M + _times_power_of_two(high_M, _HALF_BITS))
+
+
+def _below_q(x_M: Tensor) -> Tensor:
+    """Reduce values in [0, 2 q)."""
     return torch.where(x_M >= Q, x_M - Q, x_M)
 
 
 def _times_power_of_two(x_M: Tensor, shift: int) -> Tensor:
-    """Return x 2^shift mod q for x in [0, q): a rotation of 61 bits, since 2^61 = 1 mod q."""
-    shift %= _Q_BITS
-    return _mod_q(((x_M << shift) & Q) | (x_M >> (_Q_BITS - shift)))
+    """Return x 2^shift mod q for x in [0, q), shift < 61: a rotation of 61 bits, since 2^61 = 1 mod q."""
+    return _below_q(((x_M << shift) & Q) | (x_M >> (_Q_BITS - shift)))
 
 
 def draw(length: int, random_bytes: RandomBytes = os.urandom) -> FieldVector:
@@ -104,39 +144,66 @@ def draw(length: int, random_bytes: RandomBytes = os.urandom) -> FieldVector:
 
 
 class Checker:
-    """Checks claimed products with one set of codes.
+    """Checks claimed products with one set of codes. After a failure it refuses everything: s must be drawn anew.
 
     Args:
         name: the linear group, for messages.
-        codes_NK: int8 codes; read once, not kept.
+        outputs: rows of the codes, N.
+        inputs: their columns, K.
         random_bytes: where randomness comes from.
     """
 
-    def __init__(self, name: str, codes_NK: Tensor, random_bytes: RandomBytes = os.urandom) -> None:
+    def __init__(self, name: str, outputs: int, inputs: int, random_bytes: RandomBytes = os.urandom) -> None:
         self.name = name
-        outputs, inputs = codes_NK.shape
         self._s = draw(outputs, random_bytes)
-        step = max(1, _WIDENED // max(1, outputs))
-        parts = [self._s.dot(codes_NK[:, k : k + step].T, _CODE_BITS) for k in range(0, inputs, step)]
-        self._c = FieldVector(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
+        self._c = FieldVector(torch.zeros(inputs, dtype=torch.int64))
+        self._absorbed = 0
+        self._failed = False
 
     def __repr__(self) -> str:
         return f"Checker({self.name}, secret not shown)"
 
-    def check(self, y_MN: Tensor, xq_MK: Tensor, peers: Sequence[str]) -> None:
-        """Accept y as xq W^T, or raise.
+    def __reduce__(self) -> tuple[object, ...]:
+        raise ExactnessError("a checker's secret must not leave its process.")
+
+    def absorb(self, codes_RK: Tensor) -> None:
+        """Add the next rows of the codes to c; they are read once and not kept.
 
         Args:
-            y_MN: int32, as claimed.
-            xq_MK: int32.
-            peers: all who contributed to y.
+            codes_RK: int8.
 
         Raises:
-            IntegrityError: a row is wrong.
+            ExactnessError: more rows than there are.
         """
-        wrong_M = self._s.dot(y_MN, _RESULT_BITS) != self._c.dot(xq_MK, _RESULT_BITS)
+        rows = slice(self._absorbed, self._absorbed + len(codes_RK))
+        if rows.stop > len(self._s):
+            raise ExactnessError(f"linear {self.name} has {len(self._s)} rows of codes; {rows.stop} came.")
+        self._c.add(self._s.part(rows).dot_codes(codes_RK.T))
+        self._absorbed = rows.stop
+
+    def verified(self, claim: Claim, xq_MK: Tensor, peers: Sequence[str]) -> Tensor:
+        """Return the claimed y, int32 (M, N), if it is xq W^T.
+
+        Args:
+            claim: of the product.
+            xq_MK: int32.
+            peers: all who contributed to the claim.
+
+        Raises:
+            IntegrityError: a row is wrong, or one was before.
+            ExactnessError: not all codes have been absorbed.
+        """
+        if self._absorbed != len(self._s):
+            raise ExactnessError(f"linear {self.name}: {self._absorbed} of {len(self._s)} rows of codes absorbed.")
+        if self._failed:
+            raise IntegrityError(f"linear {self.name}: a wrong product came before; its check must be drawn anew.")
+        y_MN = claim.unverified()
+        wrong_M = _mod_q(self._s.dot_words(y_MN) - self._c.dot_words(xq_MK))
         if wrong_M.any():
+            self._failed = True
+            wrong = int(wrong_M.count_nonzero())
             raise IntegrityError(
-                f"linear {self.name}: {int(wrong_M.sum())} of {len(wrong_M)} rows are not the product asked for. "
+                f"linear {self.name}: {wrong} of {len(wrong_M)} rows are not the product asked for. "
                 f"One of these lied or is broken: {', '.join(peers)}."
             )
+        return y_MN

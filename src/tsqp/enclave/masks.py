@@ -1,26 +1,22 @@
-"""Mask rows: AES-256-CTR keystream, each used for one row of one linear and never again.
+"""Mask keys, the ledger of used rows, and masks: each row hides one row of one linear and is never used again.
 
-The counter block of a row's i-th 16 bytes is group (32 bits) | row * blocks per row + i (96 bits), so two rows share no
-block under one key. A key lives as long as its process; nothing here is ever written down. The ledger hands out row
-numbers upwards only, burns what it hands out, and refuses rather than start again.
+A key lives as long as its process; nothing here is ever written down. The ledger hands out row numbers upwards only,
+burns what it hands out, and refuses rather than start again.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from tsqp.errors import MaskReuseError
-
-KEY_BYTES = 32
-_BLOCK_BYTES = 16
-_WORD_BYTES = 4
-_MAX_GROUPS = 1 << 32
-_MAX_ROWS = 1 << 64
+from tsqp.arith.keystream import KEY_BYTES, MAX_ROWS, keystream_rows
+from tsqp.errors import ExactnessError, MaskReuseError
+from tsqp.wire.codec import Claim
 
 
 class MaskKey:
@@ -35,38 +31,13 @@ class MaskKey:
     def __reduce__(self) -> tuple[object, ...]:
         raise MaskReuseError("a mask key must not leave its process.")
 
+    def seed(self) -> bytes:
+        """Return the key itself, for the dealer that computes this key's products, over an encrypted link."""
+        return self._key
+
     def rows(self, group: int, first: int, count: int, inputs: int) -> Tensor:
-        """Return mask rows.
-
-        Args:
-            group: the linear group's number.
-            first: number of the first row.
-            count: how many.
-            inputs: words per row, K.
-
-        Returns:
-            Uniform int32 words, shape (count, K).
-
-        Raises:
-            MaskReuseError: a number outside the counter's range, where it would wrap into another row's.
-        """
+        """Return mask rows; see ``keystream_rows``."""
         return keystream_rows(self._key, group, first, count, inputs)
-
-
-def keystream_rows(key: bytes, group: int, first: int, count: int, inputs: int) -> Tensor:
-    """Return mask rows of a key; see ``MaskKey.rows``. A dealer that was given the key computes the same."""
-    blocks = -(-inputs * _WORD_BYTES // _BLOCK_BYTES)
-    if not (0 <= group < _MAX_GROUPS and 0 <= first <= first + count <= _MAX_ROWS and blocks < _MAX_GROUPS):
-        raise MaskReuseError(f"mask rows {first} to {first + count} of group {group}: beyond the counter's range.")
-    start = (group << 96) | (first * blocks)
-    stream = bytearray(count * blocks * _BLOCK_BYTES)
-    encryptor = Cipher(algorithms.AES(key), modes.CTR(start.to_bytes(_BLOCK_BYTES, "big"))).encryptor()
-    words = bytearray(len(stream) + _BLOCK_BYTES - 1)
-    encryptor.update_into(stream, words)
-    if not count * inputs:
-        return torch.empty(count, inputs, dtype=torch.int32)
-    rows = torch.frombuffer(words, dtype=torch.int32, count=len(stream) // _WORD_BYTES).view(count, -1)
-    return rows[:, :inputs]
 
 
 class MaskLedger:
@@ -81,19 +52,100 @@ class MaskLedger:
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
+    def check_process(self) -> None:
+        """Refuse to go on in a fork.
+
+        Raises:
+            MaskReuseError: this process is a fork of the ledger's.
+        """
+        if os.getpid() != self._owner:
+            raise MaskReuseError("this process is a fork of the one that holds the mask ledger: start a new enclave.")
+
     def take(self, group: int, count: int) -> int:
         """Burn the next ``count`` rows of a group; return the first one's number.
 
         Raises:
             MaskReuseError: no rows are left, or this process is a fork of the ledger's.
         """
-        if os.getpid() != self._owner:
-            raise MaskReuseError("this process is a fork of the one that holds the mask ledger: start a new enclave.")
+        self.check_process()
         if count < 0:
             raise MaskReuseError(f"{count} mask rows were asked for.")
         with self._lock:
             first = self._next.get(group, 0)
-            if first + count > _MAX_ROWS:
+            if first + count > MAX_ROWS:
                 raise MaskReuseError(f"the mask rows of group {group} are used up: start a new enclave.")
             self._next[group] = first + count
         return first
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class MaskRows:
+    """Consecutive mask rows of one group with their products u = r W: key material.
+
+    Attributes:
+        first: number of the first row.
+        u_MN: int32, shape (M, N).
+    """
+
+    first: int
+    u_MN: Tensor
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise MaskReuseError("mask products determine masks; they must not leave their process.")
+
+
+class Mask:
+    """One mask for one product: put on once, taken off once.
+
+    Args:
+        rows: their number is the number of rows to hide.
+        words: gives the mask words of rows ``first`` to ``first + count``, int32 of shape (count, K).
+    """
+
+    def __init__(self, rows: Sequence[MaskRows], words: Callable[[int, int], Tensor]) -> None:
+        self._rows = rows
+        self._words = words
+        self._lock = threading.Lock()
+        self._used = False
+
+    def __repr__(self) -> str:
+        return f"Mask({self.count} rows, not shown)"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise MaskReuseError("a mask must not leave its process.")
+
+    @property
+    def count(self) -> int:
+        """How many rows it hides."""
+        return sum(len(part.u_MN) for part in self._rows)
+
+    def add(self, xq_MK: Tensor) -> Tensor:
+        """Return x + r modulo 2^32, the words to send: int32, shape (M, K).
+
+        Raises:
+            MaskReuseError: this mask has hidden something already.
+            ExactnessError: another number of rows.
+        """
+        with self._lock:
+            if self._used:
+                raise MaskReuseError("a mask was about to hide a second input.")
+            self._used = True
+        if len(xq_MK) != self.count:
+            raise ExactnessError(f"a mask of {self.count} rows cannot hide {len(xq_MK)}.")
+        xm_MK = torch.empty_like(xq_MK)
+        done = 0
+        for part in self._rows:
+            rows = slice(done, done + len(part.u_MN))
+            torch.add(xq_MK[rows], self._words(part.first, len(part.u_MN)), out=xm_MK[rows])
+            done = rows.stop
+        return xm_MK
+
+    def remove(self, claim: Claim) -> Claim:
+        """Return the claim about x W that a claim about (x + r) W makes. Overwrites it; still nothing is checked."""
+        y_MN = claim.unverified()
+        done = 0
+        for part in self._rows:
+            rows = slice(done, done + len(part.u_MN))
+            y_MN[rows] -= part.u_MN
+            done = rows.stop
+        return Claim(y_MN, claim.source)

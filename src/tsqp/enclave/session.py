@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from tsqp import __version__
 from tsqp.errors import (
@@ -16,28 +16,18 @@ from tsqp.errors import (
     ProtocolError,
     TransportTimeoutError,
 )
-from tsqp.model.architecture import LlamaConfig, linear_groups
+from tsqp.meter import Meter
+from tsqp.model.architecture import LinearGroup
 from tsqp.transport.base import Buffer, ClientTransport
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import AnyReply, AnyRequest, Failure
 
 ReplyType = TypeVar("ReplyType", messages.Welcome, messages.Result, messages.StateResult, messages.StatsResult)
 
+Role = Literal["worker", "dealer"]
+
 MAX_IN_FLIGHT = 1024
-
-
-@dataclass(slots=True)
-class Meter:
-    """What a session has cost so far.
-
-    ``waited_ns`` is time spent blocked on the worker, ``compute_ns`` the worker's own account of its work.
-    """
-
-    round_trips: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    waited_ns: int = 0
-    compute_ns: int = 0
+_START = {"worker": "'tsqp worker' (or tee_gpu/server.py)", "dealer": "'tsqp dealer'"}
 
 
 class Session:
@@ -46,15 +36,20 @@ class Session:
     Args:
         transport: the link; the session owns and closes it.
         request_timeout_s: how long to wait for any one reply.
+        meter: where costs are counted; its own by default.
+        role: what the peer is called in messages.
     """
 
-    def __init__(self, transport: ClientTransport, request_timeout_s: float) -> None:
+    def __init__(
+        self, transport: ClientTransport, request_timeout_s: float, meter: Meter | None = None, role: Role = "worker"
+    ) -> None:
+        self._role = role
         self._transport = transport
         self._timeout_s = request_timeout_s
         self._next_id = 1
         self._waiting: dict[int, str] = {}
         self._arrived: dict[int, tuple[AnyReply, Sequence[Buffer]]] = {}
-        self.meter = Meter()
+        self.meter = meter or Meter()
 
     @property
     def peer(self) -> str:
@@ -118,7 +113,7 @@ class Session:
         reply, frames = self._arrived.pop(request_id)
         operation = self._waiting.pop(request_id)
         if isinstance(reply, Failure):
-            raise _failure(reply, operation, self.peer)
+            raise _failure(reply, operation, f"{self._role} {self.peer}")
         if not isinstance(reply, kind):
             raise ProtocolError(
                 f"{operation} at {self.peer}: expected a reply of type {kind.__name__}, got {type(reply).__name__}."
@@ -132,11 +127,14 @@ class Session:
             frames = self._transport.receive(timeout_s)
         except TransportTimeoutError as error:
             raise TransportTimeoutError(
-                f"{self._waiting[awaited]}: the worker at {self.peer} did not answer within {limit_s:g} s "
+                f"{self._waiting[awaited]}: the {self._role} at {self.peer} did not answer within {limit_s:g} s "
                 "(TSQP_REQUEST_TIMEOUT_S sets the limit)."
             ) from error
         self.meter.bytes_received += sum(map(len, frames))
-        reply, tensors = codec.decode_reply(frames)
+        try:
+            reply, tensors = codec.decode_reply(frames)
+        except ProtocolError as error:
+            raise ProtocolError(f"{self._waiting[awaited]} at {self.peer}: {error}") from error
         if reply.id not in self._waiting or reply.id in self._arrived:
             raise ProtocolError(f"{self.peer} answered a request that is not in flight.")
         self._arrived[reply.id] = (reply, tensors)
@@ -153,8 +151,9 @@ class Session:
             return self.result(request_id, messages.Welcome, timeout_s)[0]
         except TransportTimeoutError as error:
             raise TransportTimeoutError(
-                f"no TSQP worker answered at {self.peer} within {timeout_s:g} s. Is it running, and done loading? "
-                "Start one with 'tsqp worker' (or tee_gpu/server.py) and check host and port."
+                f"no TSQP {self._role} answered at {self.peer} within {timeout_s:g} s. "
+                "Is it running, and done loading? "
+                f"Start one with {_START[self._role]} and check host and port."
             ) from error
 
     def close(self) -> None:
@@ -162,31 +161,65 @@ class Session:
         self._transport.close()
 
 
-def check_worker(welcome: messages.Welcome, config: LlamaConfig, digest: str, dtype: str, peer: str) -> None:
-    """Check that a worker serves the model this enclave expects.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a peer must say of itself when it is met.
+
+    Attributes:
+        serves: what it answers.
+        digest: of the model; for integer levels, of its codes.
+        dtype: of its weights.
+        groups: the model's linear groups, in order.
+    """
+
+    serves: messages.Service
+    digest: str
+    dtype: str
+    groups: tuple[LinearGroup, ...]
+
+
+_ADVICE: dict[str, str] = {
+    "open": "float weights, for the level open: start it with 'tsqp worker'",
+    "exact": "int8 codes, for the levels verified and masked: start it with 'tsqp worker --exact'",
+    "masks": "mask products: start it with 'tsqp dealer'",
+}
+
+
+def check_peer(welcome: messages.Welcome, expected: Expected, peer: str) -> None:
+    """Check that a worker or dealer serves what this enclave expects. It catches mistakes, not lies.
 
     Raises:
-        ModelMismatchError: another model, other shapes or another dtype.
+        ModelMismatchError: another kind of service, another model, other shapes or another dtype.
     """
-    if welcome.model_digest != digest:
+    if welcome.serves != expected.serves:
         raise ModelMismatchError(
-            f"the worker at {peer} holds model {welcome.model!r} (digest {welcome.model_digest[:12]}), "
-            f"this side expects digest {digest[:12]}: start both with the same model."
+            f"the process at {peer} serves {_ADVICE[welcome.serves].partition(':')[0]}; "
+            f"this side needs {_ADVICE[expected.serves]}."
         )
-    if welcome.dtype != dtype:
+    if welcome.model_digest != expected.digest:
         raise ModelMismatchError(
-            f"the worker at {peer} computes in {welcome.dtype}, this side asks for {dtype}: "
+            f"the {_role(welcome)} at {peer} holds model {codec.printable(welcome.model)!r} "
+            f"(digest {codec.printable(welcome.model_digest[:12])}), "
+            f"this side expects digest {expected.digest[:12]}: start both with the same model."
+        )
+    if welcome.dtype != expected.dtype:
+        raise ModelMismatchError(
+            f"the {_role(welcome)} at {peer} computes in {welcome.dtype}, this side asks for {expected.dtype}: "
             "start both with the same --dtype (LLAMA_DTYPE)."
         )
-    ours = [(group.name, group.in_features, group.out_features) for group in linear_groups(config)]
+    ours = [(group.name, group.in_features, group.out_features) for group in expected.groups]
     theirs = [(group.name, group.in_features, group.out_features) for group in welcome.groups]
     if ours != theirs:
         raise ModelMismatchError(
-            f"the worker at {peer} lists other linear groups than the model has: upgrade the older side."
+            f"the {_role(welcome)} at {peer} lists other linear groups than the model has: upgrade the older side."
         )
 
 
+def _role(welcome: messages.Welcome) -> str:
+    return "dealer" if welcome.serves == "masks" else "worker"
+
+
 def _failure(reply: Failure, operation: str, peer: str) -> Exception:
-    text = f"{operation} failed at the worker {peer}: {codec.printable(reply.message)}"
+    text = f"{operation} failed at the {peer}: {codec.printable(reply.message)}"
     kinds: dict[str, type[Exception]] = {"memory": DeviceMemoryError, "input": InputError, "internal": InternalError}
     return kinds.get(reply.code, ProtocolError)(text)

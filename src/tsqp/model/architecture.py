@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,9 +93,9 @@ def linear_groups(config: LlamaConfig) -> tuple[LinearGroup, ...]:
     return (*groups, LinearGroup("head", (HEAD_MODULE,), d, (config.vocab_size,), bias=False))
 
 
-def module_count(config: LlamaConfig) -> int:
+def module_count(groups: Iterable[LinearGroup]) -> int:
     """Count Linear and Embedding modules, as the published system did (a tied head counts)."""
-    return 1 + sum(len(group.members) for group in linear_groups(config))
+    return 1 + sum(len(group.members) for group in groups)
 
 
 def norm_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

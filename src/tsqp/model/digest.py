@@ -47,8 +47,10 @@ def _compute(config: LlamaConfig, checkpoint: Checkpoint, on_progress: Callable[
     names = sorted(weight_shapes(config))
     for index, name in enumerate(names):
         stored = checkpoint.tensors[name]
-        content = hashlib.sha256(checkpoint.read(name).contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
-        total.update(f"{name} {stored.dtype} {list(stored.shape)} {content}\n".encode())
+        content = hashlib.sha256()
+        for block in checkpoint.blocks(name):
+            content.update(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+        total.update(f"{name} {stored.dtype} {list(stored.shape)} {content.hexdigest()}\n".encode())
         on_progress((index + 1) / len(names))
     return total.hexdigest()
 

@@ -179,7 +179,7 @@ class Linears:
         if member is not None:
             w_NK = self._plain_weight(name).split(group.out_features)[member]
             bias_N = None if bias_N is None else bias_N.split(group.out_features)[member]
-        _bound_result((len(x_MK), group.rows))
+        bound_result((len(x_MK), group.rows))
         with memory_errors(f"linear {name}", self.device):
             return product(x_MK.to(self.device, self.dtype), w_NK, bias_N)
 
@@ -208,7 +208,7 @@ class Linears:
         ids_M = ids_M.clone()  # in shared memory the client could change an id between check and use
         if ids_M.numel() and not 0 <= int(ids_M.min()) <= int(ids_M.max()) < self.config.vocab_size:
             raise InputError(f"embedding got a token id outside the vocabulary of {self.config.vocab_size}.")
-        _bound_result((len(ids_M), self.config.hidden_size))
+        bound_result((len(ids_M), self.config.hidden_size))
         with memory_errors("embedding", self.device):
             return self._embedding_VD[ids_M.to(self.device)]
 
@@ -225,12 +225,12 @@ class Linears:
             raise InputError(f"matmul of {a.dtype} and {b.dtype}: both must be of one float dtype.")
         if not a.numel() or not b.numel():
             raise InputError(f"matmul of shapes {list(a.shape)} and {list(b.shape)}: an operand is empty.")
-        _bound_result((*a.shape[:-1], b.shape[-1]))
+        bound_result((*a.shape[:-1], b.shape[-1]))
         with memory_errors("matmul", self.device):
             return torch.matmul(a.to(self.device), b.to(self.device))
 
 
-def _bound_result(shape: tuple[int, ...]) -> None:
+def bound_result(shape: tuple[int, ...]) -> None:
     """Refuse a product whose result is larger than any message: a few bytes must not claim all memory.
 
     Raises:

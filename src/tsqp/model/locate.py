@@ -26,11 +26,18 @@ def locate(model: str, on_progress: Callable[[float], None] | None = None) -> Pa
         on_progress: called with the fraction converted, if a conversion is needed.
 
     Raises:
-        WeightsError: there is no such model.
+        WeightsError: there is no such model, or it is a packed one.
         SetupError: the bundled model or what reads GGUF is not installed.
     """
-    path = bundled_file() if model == BUNDLED else Path(model).expanduser()
+    path = _given(model)
     if path.is_dir():
+        from tsqp.model.manifest import is_packed  # noqa: PLC0415  it needs torch, which this module does not
+
+        if is_packed(path):
+            raise WeightsError(
+                f"{path} is a packed model: it holds int8 codes only, for the levels verified and masked and for local "
+                f"over quantised weights. Give {BUNDLED!r}, a Hugging Face directory or a .gguf file here."
+            )
         return path
     if not path.is_file():
         raise WeightsError(
@@ -44,6 +51,71 @@ def locate(model: str, on_progress: Callable[[float], None] | None = None) -> Pa
 
         gguf.convert_atomically(path, converted, on_progress or (lambda _: None))
     return converted
+
+
+def locate_packed(model: str, on_progress: Callable[[float], None] | None = None) -> Path:
+    """Return the packed form of a model, packing it into the cache if it has none.
+
+    Args:
+        model: a packed model, or one side of it (``tsqp pack``); else as ``locate`` takes it.
+        on_progress: called with the fraction done, if anything is converted or packed.
+
+    Raises:
+        WeightsError: there is no such model, or it is damaged.
+        SetupError: the cache cannot be written.
+    """
+    from tsqp.model import pack  # noqa: PLC0415  heavy, and needed once per model
+    from tsqp.model.manifest import is_packed  # noqa: PLC0415  it needs torch, which this module does not
+
+    path = _given(model)
+    if path.is_dir() and is_packed(path):
+        return path
+    source = locate(model, on_progress)
+    licences = licence_directory(model)
+    identity: list[object] = [pack.PACKER_VERSION, model_name(model)]
+    for file in pack.source_files(source, licences):
+        status = file.stat()
+        identity.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    target = cache_directory() / "packed" / f"{_file_name(model)}-{_key(identity)}"
+    if not target.exists():
+        try:
+            pack.pack(source, model_name(model), target, on_progress or (lambda _: None), licences=licences)
+        except SetupError:
+            # Another process may have packed the same model meanwhile.
+            if not target.exists():
+                raise
+    return target
+
+
+def is_packed_model(model: str) -> bool:
+    """Tell whether a name stands for a packed model or one side of it."""
+    from tsqp.model.manifest import is_packed  # noqa: PLC0415  it needs torch, which this module does not
+
+    path = Path(model).expanduser()
+    return model != BUNDLED and path.is_dir() and is_packed(path)
+
+
+def model_name(model: str) -> str:
+    """Return what to call a model, without the path to it."""
+    return model if model == BUNDLED else _given(model).resolve().name
+
+
+def licence_directory(model: str) -> Path | None:
+    """Return where a model's licence files may lie beside its own directory: next to a GGUF file."""
+    path = _given(model)
+    return path.parent if path.is_file() else None
+
+
+def _given(model: str) -> Path:
+    return bundled_file() if model == BUNDLED else Path(model).expanduser()
+
+
+def _file_name(model: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in model_name(model))[:64]
+
+
+def _key(identity: list[object]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 def bundled_file() -> Path:
@@ -67,6 +139,5 @@ def bundled_file() -> Path:
 def converted_directory(source: Path) -> Path:
     """Return where the conversion of a GGUF file lies; the name changes whenever the file does."""
     status = source.stat()
-    identity = [str(source.resolve()), status.st_size, status.st_mtime_ns, _CONVERTER_VERSION]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    key = _key([str(source.resolve()), status.st_size, status.st_mtime_ns, _CONVERTER_VERSION])
     return cache_directory() / "models" / f"{source.stem}-{key}"

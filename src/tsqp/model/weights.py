@@ -7,7 +7,8 @@ form and one tensor's file pages, not the weights twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tsqp.errors import UnsupportedModelError, WeightsError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# 16 MiB as float32; while one is quantised there are some four of them.
+_BLOCK_ELEMENTS = 1 << 22
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -76,6 +79,25 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{stored.file}: cannot read tensor {name!r} ({error}).") from error
         return tensor
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor in blocks of whole rows, some 16 MB of float32 each, so that memory does not grow with it.
+
+        The file is opened anew for each: pages that a mapping has touched stay as long as it does.
+
+        Raises:
+            WeightsError: the file cannot be read.
+        """
+        stored = self.tensors[name]
+        rows = stored.shape[0] if stored.shape else 0
+        step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(stored.shape[1:])))
+        for first in range(0, rows, step):
+            try:
+                with safe_open(stored.file, framework="pt") as file:
+                    block: Tensor = file.get_slice(name)[first : first + step]
+            except (SafetensorError, OSError) as error:
+                raise WeightsError(f"{stored.file}: cannot read tensor {name!r} ({error}).") from error
+            yield block
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Copy one tensor into ``out``, which has its shape and may have another dtype or device."""

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from tsqp.errors import ConfigError
 from tsqp.transport.base import ClientTransport
 from tsqp.transport.urls import Endpoint
 from tsqp.transport.zeromq import ZmqClient
 
 
-def open_client(endpoint: Endpoint, max_message_bytes: int) -> ClientTransport:
+def open_client(endpoint: Endpoint, max_message_bytes: int, server_key: bytes | None = None) -> ClientTransport:
     """Connect to a worker.
 
     Args:
         endpoint: where it listens.
         max_message_bytes: the longest message that either side may send.
+        server_key: the public key that the worker must hold, 40 bytes of z85; the link is encrypted then.
 
     Raises:
+        ConfigError: a key for shared memory, or one that is none.
         SetupError: the address cannot be connected to.
     """
     if endpoint.scheme == "shm":
+        if server_key is not None:
+            raise ConfigError(f"{endpoint}: shared memory carries no encryption; with a key use tcp or ipc.")
         from tsqp.transport.shm import ShmClient  # noqa: PLC0415  Linux only
 
         return ShmClient(endpoint, max_message_bytes)
-    return ZmqClient(endpoint, max_message_bytes)
+    return ZmqClient(endpoint, max_message_bytes, server_key)

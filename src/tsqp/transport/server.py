@@ -10,7 +10,9 @@ from typing import Protocol
 
 import zmq
 
+from tsqp.errors import ConfigError
 from tsqp.transport.base import Incoming
+from tsqp.transport.keys import KeyPair
 from tsqp.transport.urls import Endpoint
 from tsqp.transport.zeromq import ZmqListener
 
@@ -46,12 +48,23 @@ class Server:
         max_message_bytes: a client that sends a larger frame (over shared memory: message) loses its connection.
         hangup_fd: a file descriptor to watch beside them, such as a pipe from the parent process; ``hung_up`` tells
             when it closes.
+        key: the worker's own; every link is encrypted then, and clients need its public part.
 
     Raises:
+        ConfigError: a key and an endpoint of shared memory.
         SetupError: an address is in use or cannot be bound.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint], max_message_bytes: int, hangup_fd: int | None = None) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        max_message_bytes: int,
+        hangup_fd: int | None = None,
+        key: KeyPair | None = None,
+    ) -> None:
+        for endpoint in endpoints:
+            if key is not None and endpoint.scheme == "shm":
+                raise ConfigError(f"{endpoint}: shared memory carries no encryption; with a key use tcp or ipc.")
         self._poller = zmq.Poller()
         self._hangup_fd = hangup_fd
         self.hung_up = False
@@ -67,7 +80,7 @@ class Server:
 
                     self._listeners.append(ShmListener(endpoint, max_message_bytes, self._poller))
             if sockets:
-                self._listeners.append(ZmqListener(sockets, max_message_bytes, self._poller))
+                self._listeners.append(ZmqListener(sockets, max_message_bytes, self._poller, key))
         except BaseException:
             self.close()
             raise

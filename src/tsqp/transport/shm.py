@@ -104,7 +104,7 @@ class ShmClient:
                 f"the worker at {self.peer} refused the shared region: give both sides the same TSQP_MAX_MESSAGE_BYTES."
             ) from error
         except (EOFError, OSError) as error:
-            raise TransportClosedError(f"the worker at {self.peer} closed the connection or died.") from error
+            raise TransportClosedError(f"the peer at {self.peer} closed the connection or died.") from error
         except ProtocolError as error:
             raise ProtocolError(f"{self.peer}: {error}") from error
 

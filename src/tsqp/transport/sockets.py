@@ -1,4 +1,4 @@
-"""UNIX sockets: who may enter, and whether a path is free."""
+"""UNIX sockets: who may enter, and whether a path is free. Secret files: who may read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tsqp.transport.urls import Endpoint
 
 @contextlib.contextmanager
 def owner_only() -> Iterator[None]:
-    """Give sockets bound meanwhile mode 0600."""
+    """Give sockets bound and files made meanwhile mode 0600."""
     mask = os.umask(0o177)
     try:
         yield

@@ -25,12 +25,16 @@ class Endpoint:
     path: str = ""
 
     @property
+    def ip(self) -> str:
+        """The host for a socket. ``localhost`` is 127.0.0.1 here, since it does not resolve inside Gramine."""
+        return "127.0.0.1" if self.host == "localhost" else self.host
+
+    @property
     def url(self) -> str:
-        """The address for a socket. ``localhost`` is 127.0.0.1 here, since it does not resolve inside Gramine."""
+        """The address for a ZeroMQ socket."""
         if self.path:
             return f"{self.scheme}://{self.path}"
-        host = "127.0.0.1" if self.host == "localhost" else self.host
-        return f"tcp://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return f"tcp://{f'[{self.ip}]' if ':' in self.ip else self.ip}:{self.port}"
 
     @property
     def stays_on_this_machine(self) -> bool:

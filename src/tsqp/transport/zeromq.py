@@ -1,6 +1,7 @@
 """ZeroMQ transport: DEALER in the enclave, ROUTER in the worker, over ``tcp://`` and ``ipc://``.
 
-Large frames are neither copied when sent nor when received (pyzmq ``copy=False``).
+Large frames are neither copied when sent nor when received (pyzmq ``copy=False``). With a key of the worker's, links
+are encrypted and the worker proves that it holds the key (CURVE); clients stay anonymous. libzmq copies frames then.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ from functools import partial
 import zmq
 import zmq.utils.monitor
 
-from tsqp.errors import SetupError, TransportClosedError, TransportTimeoutError
+from tsqp.errors import ConfigError, PeerKeyError, SetupError, TransportClosedError, TransportTimeoutError
 from tsqp.transport.base import Buffer, Incoming
+from tsqp.transport.keys import KeyPair, check_public, ephemeral
 from tsqp.transport.sockets import check_free, owner_only
 from tsqp.transport.urls import Endpoint
 
-_CLIENT_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+_REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_CLIENT_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _REFUSALS
+_OTHER_MECHANISM = (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
+# What CURVE adds to a frame on the wire: command name, nonce, authenticator, flags (ZeroMQ RFC 26). The limit on
+# messages counts it.
+_CURVE_BYTES = 33
+_PROBE_S = 1.0
 # What a UNIX socket may hold unread: the largest tensors of a 128-token prefill whole. The kernel caps it at
 # net.core.wmem_max; at its default of 208 KB, both ends wake each other a dozen times per tensor.
 _IPC_BUFFER_BYTES = 4 << 20
@@ -33,14 +41,26 @@ class ZmqClient:
     Args:
         endpoint: where the worker listens.
         max_message_bytes: a larger frame from the worker ends the connection.
+        server_key: the public key that the worker must hold, 40 bytes of z85; the link is encrypted then, by a key of
+            this connection alone. Nothing is sent before the worker has proved that it holds the key.
+
+    Raises:
+        SetupError: the address cannot be connected to, or the key is none.
     """
 
-    def __init__(self, endpoint: Endpoint, max_message_bytes: int) -> None:
+    def __init__(self, endpoint: Endpoint, max_message_bytes: int, server_key: bytes | None = None) -> None:
         self.peer = str(endpoint)
+        self._endpoint = endpoint
+        own = ephemeral() if server_key is not None else None
+        self._server_key = check_public(server_key) if server_key is not None else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if own else 0))
+        if own and self._server_key:
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, own.public)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, self._server_key)
         # The session bounds what is in flight; at a limit of its own, the socket would block for ever.
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.IPV6, int(":" in endpoint.host))
@@ -79,7 +99,27 @@ class ZmqClient:
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._was_connected = True
         elif self._was_connected and event == zmq.EVENT_DISCONNECTED and not self._socket.poll(0):
-            raise TransportClosedError(f"the worker at {self.peer} closed the connection or died.")
+            raise TransportClosedError(f"the peer at {self.peer} closed the connection or died.")
+        elif event & _REFUSALS:
+            self._refused(event, message["value"])
+
+    def _refused(self, event: int, reason: int) -> None:
+        """Say why a handshake failed, where that is known. Otherwise libzmq tries again.
+
+        A peer that speaks ZMTP and merely closes has no other way to refuse a key that is not its own. One that closes
+        without a word is a tunnel or a proxy to a worker that is not there yet.
+        """
+        if self._server_key is None:
+            if (event, reason) == _OTHER_MECHANISM:
+                raise ConfigError(
+                    f"the peer at {self.peer} wants an encrypted link: "
+                    "give its public key (--worker-key or --dealer-key)."
+                )
+        elif event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or _speaks_zmtp(self._endpoint):
+            raise PeerKeyError(
+                f"the peer at {self.peer} does not hold the key that was given, or speaks without encryption: check "
+                "--worker-key or --dealer-key. Nothing was sent to it."
+            )
 
     def close(self) -> None:
         """Close the sockets and the context."""
@@ -97,6 +137,8 @@ class ZmqListener:
         endpoints: where to listen.
         max_message_bytes: a larger frame from a client ends that client's connection.
         poller: where to register the sockets.
+        key: the worker's own; clients must know its public part then, on every endpoint. Any client may connect:
+            without a ZAP handler libzmq accepts all their keys.
 
     Raises:
         SetupError: an address is in use or cannot be bound.
@@ -106,11 +148,20 @@ class ZmqListener:
     # Another thread, libzmq's own, needs the core to receive the next message.
     spin_s = 0.0
 
-    def __init__(self, endpoints: Sequence[Endpoint], max_message_bytes: int, poller: zmq.Poller) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        max_message_bytes: int,
+        poller: zmq.Poller,
+        key: KeyPair | None = None,
+    ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if key else 0))
+        if key:
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
         self._poller = poller
         poller.register(self._socket, zmq.POLLIN)
@@ -158,6 +209,18 @@ def _deepen(descriptor: int) -> None:
                 connection.setsockopt(unix.SOL_SOCKET, unix.SO_SNDBUF, _IPC_BUFFER_BYTES)
     except OSError:
         return
+
+
+def _speaks_zmtp(endpoint: Endpoint) -> bool:
+    """Tell whether whoever listens there greets a new connection as ZMTP does."""
+    family = unix.AF_UNIX if endpoint.path else unix.AF_INET6 if ":" in endpoint.host else unix.AF_INET
+    try:
+        with unix.socket(family) as probe:
+            probe.settimeout(_PROBE_S)
+            probe.connect(endpoint.path or (endpoint.ip, endpoint.port))
+            return probe.recv(1) == b"\xff"
+    except OSError:
+        return False
 
 
 def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:

@@ -33,6 +33,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int64": torch.int64,
+    "int32": torch.int32,
+    "int8": torch.int8,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -231,7 +233,7 @@ def state_tensors(reply: messages.StateResult, frames: Sequence[Buffer], source:
 
 def _specs_in_request(header: AnyRequest) -> tuple[TensorSpec, ...]:
     match header:
-        case messages.Linear(x=x):
+        case messages.Linear(x=x) | messages.LinearExact(x=x):
             return (x,)
         case messages.Embedding(ids=ids):
             return (ids,)

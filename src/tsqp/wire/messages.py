@@ -6,7 +6,7 @@ in replies). Unknown fields are refused. docs/protocol.md describes each message
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -17,11 +17,14 @@ MAX_NAME = 256
 MAX_RANK = 4
 MAX_DIMENSION = 1 << 31
 MAX_STATE_TENSORS = 4096
+SEED_BYTES = 32
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 RequestId = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Dimension = Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
-DtypeName = Literal["float32", "float16", "bfloat16", "int64"]
+DtypeName = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
+# What a process answers: `open` float products, `exact` products modulo 2^32, `masks` a dealer's mask products.
+Service = Literal["open", "exact", "masks"]
 ErrorCode = Literal["protocol", "version", "input", "memory", "internal"]
 
 
@@ -61,6 +64,42 @@ class Linear(Request, frozen=True, tag="linear"):
     x: TensorSpec
 
 
+class LinearExact(Request, frozen=True, tag="linear_exact"):
+    """Multiply the int32 frame ``x`` (M, K) by one group's int8 codes modulo 2^32. Answered with int32 (M, N)."""
+
+    group: Name
+    x: TensorSpec
+
+
+class Codes(Request, frozen=True, tag="codes"):
+    """Ask for ``rows`` rows of one group's int8 codes from row ``first`` on. Answered with int8 (rows, K)."""
+
+    group: Name
+    first: Dimension
+    rows: Dimension
+
+
+class MaskProduct(Request, frozen=True, tag="mask_product"):
+    """Ask a dealer for the products of ``count`` mask rows with one group's codes. Answered with int32 (count, N).
+
+    The rows are keystream of ``seed`` (``tsqp.arith.keystream``), from row number ``first`` on; the group's number is
+    its place in ``Welcome.groups``. The seed is a secret between enclave and dealer: it is not shown.
+    """
+
+    group: Name
+    seed: Annotated[bytes, Meta(min_length=SEED_BYTES, max_length=SEED_BYTES)]
+    first: Annotated[int, Meta(ge=0, lt=1 << 62)]
+    count: Dimension
+
+    def __repr__(self) -> str:
+        return (
+            f"MaskProduct(id={self.id}, group={self.group!r}, first={self.first}, count={self.count}, seed not shown)"
+        )
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("id", self.id), ("group", self.group), ("first", self.first), ("count", self.count)]
+
+
 class Embedding(Request, frozen=True, tag="embedding"):
     """Look up the rows of the embedding table for the int64 frame ``ids`` of shape (M,). Answered with (M, D)."""
 
@@ -83,7 +122,7 @@ class Stats(Request, frozen=True, tag="stats"):
     """Ask for the worker's counters."""
 
 
-AnyRequest = Hello | Linear | Embedding | MatMul | State | Stats
+AnyRequest = Hello | Linear | LinearExact | Codes | MaskProduct | Embedding | MatMul | State | Stats
 
 
 class Reply(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
@@ -94,9 +133,14 @@ class Reply(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_f
 
 
 class Welcome(Reply, frozen=True, tag="welcome"):
-    """Who the worker is and what it can compute."""
+    """Who the worker is and what it can compute.
+
+    ``instance`` is drawn anew by every process, so that two addresses of one process can be told apart from two.
+    """
 
     software: Name
+    instance: Name
+    serves: Service
     model: Name
     model_digest: Name
     device: Name

@@ -1,8 +1,9 @@
-"""Answers one request of the current protocol. Pure but for the model's products: frames in, frames out."""
+"""Answers one request of the current protocol. Pure but for the service's products: frames in, frames out."""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ from torch import Tensor
 from tsqp import __version__
 from tsqp.errors import DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError
 from tsqp.model.architecture import module_count
-from tsqp.model.linears import Linears
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Buffer
 from tsqp.wire.messages import AnyRequest, Failure, GroupSpec, Reply
+from tsqp.worker.services import WorkerService
 
 _log = logging.getLogger(__name__)
 _envelope = msgspec.msgpack.Decoder(messages.Envelope)
@@ -27,15 +28,14 @@ class Dispatcher:
     """Turns requests into replies for one model.
 
     Args:
-        linears: the model's large weights.
-        state: its non-linear parameters by name, float32 on the CPU.
+        service: computes the products.
         model: the name or path it was started with; clients are shown the last part.
-        digest: the model's digest.
+        digest: the model's digest; of int8 codes, theirs.
     """
 
-    def __init__(self, linears: Linears, state: dict[str, Tensor], model: str, digest: str) -> None:
-        self.linears = linears
-        self.state = state
+    def __init__(self, service: WorkerService, model: str, digest: str) -> None:
+        self.service = service
+        self._instance = os.urandom(16).hex()
         self._model = codec.printable(Path(model).name)[: messages.MAX_NAME] or "model"
         self.digest = digest
         self._started = time.monotonic()
@@ -77,44 +77,39 @@ class Dispatcher:
             return self._failure(header.id, "input", error)
 
     def _product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> list[Buffer]:
-        """Compute and time one product; the result is in the dtype the request's tensor had."""
+        """Compute and time one product."""
         started = time.perf_counter_ns()
-        match header:
-            case messages.Linear(group=group, x=x):
-                y, dtype = self.linears.linear(group, tensors[0]), codec.TORCH_DTYPES[x.dtype]
-            case messages.Embedding(dtype=name):
-                y, dtype = self.linears.embedding(tensors[0]), codec.TORCH_DTYPES[name]
-            case messages.MatMul(a=a):
-                y, dtype = self.linears.matmul(*tensors), codec.TORCH_DTYPES[a.dtype]
-            case _:
-                raise ProtocolError(f"{type(header).__name__} is no product.")
-        if not dtype.is_floating_point:
-            raise InputError(f"a product cannot be returned as {dtype}; ask for a float dtype.")
-        y = y.to("cpu", dtype)
+        y = self.service.product(header, tensors).contiguous()
         elapsed = time.perf_counter_ns() - started
         self.compute_ns += elapsed
         result = messages.Result(id=header.id, y=codec.spec_of(y), compute_ns=elapsed)
         return [messages.encode(result), codec.frame_of(y)]
 
     def _state_reply(self, request_id: int) -> list[Buffer]:
+        if self.service.serves != "open":
+            raise InputError("norm weights are given away at the level open only; this process does not have them.")
+        state = self.service.state
         reply = messages.StateResult(
-            id=request_id, names=tuple(self.state), tensors=tuple(map(codec.spec_of, self.state.values()))
+            id=request_id, names=tuple(state), tensors=tuple(map(codec.spec_of, state.values()))
         )
-        return [messages.encode(reply), *map(codec.frame_of, self.state.values())]
+        return [messages.encode(reply), *map(codec.frame_of, state.values())]
 
     def _welcome(self, request_id: int) -> Reply:
+        service = self.service
         groups = tuple(
             GroupSpec(group.name, group.members, group.in_features, group.out_features)
-            for group in self.linears.groups.values()
+            for group in service.groups.values()
         )
         return messages.Welcome(
             id=request_id,
             software=f"tsqp {__version__}",
+            instance=self._instance,
+            serves=service.serves,
             model=self._model,
             model_digest=self.digest,
-            device=str(self.linears.device),
-            dtype=codec.dtype_name(self.linears.dtype),
-            module_count=module_count(self.linears.config),
+            device=str(service.device),
+            dtype=codec.dtype_name(service.dtype),
+            module_count=module_count(service.groups.values()),
             groups=groups,
         )
 

@@ -96,6 +96,16 @@ class LegacyDispatcher:
         return y_MN.cpu().view(*x.shape[:-1], y_MN.shape[-1])
 
 
+def refuse(_frames: Sequence[Buffer]) -> list[Buffer]:
+    """Answer any request of the first protocol where there are no float weights to serve it with."""
+    return [
+        legacy.failure(
+            "the first protocol is served at the level open only; this process holds int8 codes. "
+            "Start a worker with the model's float weights, without --exact."
+        )
+    ]
+
+
 def _pick(tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     if unknown := [name for name in names if name not in tensors]:
         raise InputError(f"no non-linear tensor is named {unknown[0]!r}.")

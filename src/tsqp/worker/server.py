@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tsqp.transport.base import Incoming, ServerTransport
 from tsqp.worker.dispatch import Dispatcher
-from tsqp.worker.legacy import LegacyDispatcher
+from tsqp.worker.legacy import LegacyDispatcher, refuse
+from tsqp.worker.services import OpenService
 
 _POLL_S = 0.5
 
@@ -19,7 +20,10 @@ class Worker:
 
     def __init__(self, dispatcher: Dispatcher, transport: ServerTransport) -> None:
         self.dispatcher = dispatcher
-        self._legacy = LegacyDispatcher(dispatcher.linears, dispatcher.state)
+        service = dispatcher.service
+        self._legacy = (
+            LegacyDispatcher(service.linears, service.state).answer if isinstance(service, OpenService) else refuse
+        )
         self._transport = transport
         self._stopping = False
 
@@ -35,5 +39,5 @@ class Worker:
         self._stopping = True
 
     def _answer(self, incoming: Incoming) -> list[bytes | bytearray | memoryview]:
-        answer = self._legacy.answer if incoming.legacy else self.dispatcher.answer
+        answer = self._legacy if incoming.legacy else self.dispatcher.answer
         return answer(incoming.frames)

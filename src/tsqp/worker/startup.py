@@ -8,20 +8,25 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqp.config import WorkerConfig
+from tsqp.arith.ring import kernel_for
+from tsqp.config import DEALER_PORT, WorkerConfig
 from tsqp.errors import ConfigError, SetupError
 from tsqp.model.architecture import module_count, read_config, weight_shapes
 from tsqp.model.digest import model_digest
-from tsqp.model.linears import Linears
-from tsqp.model.locate import locate
+from tsqp.model.linears import Linears, memory_errors
+from tsqp.model.locate import is_packed_model, locate, locate_packed
 from tsqp.model.ops import read_state
+from tsqp.model.packed import open_codes
 from tsqp.model.weights import Checkpoint
 from tsqp.threads import set_threads
+from tsqp.transport.keys import KeyPair, load_secret
 from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec
+from tsqp.wire.messages import Service
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.server import Worker
+from tsqp.worker.services import DealerService, ExactService, OpenService
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +46,12 @@ class RunningWorker:
     endpoints: tuple[Endpoint, ...]
     device: torch.device
     dtype: str
+    serves: Service
     threads: int
     modules: int
     model: str
     digest: str
+    public_key: str | None
 
     def serve(self) -> None:
         """Answer requests until SIGINT or SIGTERM, or until the parent hangs up; then close."""
@@ -65,15 +72,23 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         hangup_fd: the worker stops when this file descriptor closes, such as a pipe from its parent.
 
     Raises:
-        SetupError: device missing, address in use, model missing or too large.
+        SetupError: device or key missing, address in use, model missing or too large.
     """
     threads = set_threads(config.threads)
     device = resolve_device(config.device, progress.notice)
-    endpoints = tuple(parse(url) for url in config.listen) or (parse(f"127.0.0.1:{config.port}"),)
+    port = DEALER_PORT if config.serves == "masks" else config.port
+    endpoints = tuple(parse(url) for url in config.listen) or (parse(f"127.0.0.1:{port}"),)
+    key = load_secret(config.key) if config.key is not None else None
+    if config.serves == "masks":
+        _check_dealer(endpoints, key, progress)
     for endpoint in endpoints:
         if not endpoint.stays_on_this_machine:
-            progress.notice(f"{endpoint} is open to the network, unencrypted: whoever reaches it can use and read it.")
-    transport = Server(endpoints, config.max_message_bytes, hangup_fd)
+            progress.notice(
+                f"{endpoint} is open to the network, encrypted: whoever reaches it and has its public key can use it."
+                if key
+                else f"{endpoint} is open to the network, unencrypted: whoever reaches it can use and read it."
+            )
+    transport = Server(endpoints, config.max_message_bytes, hangup_fd, key)
     try:
         dispatcher = _load(config, device, progress)
     except BaseException:
@@ -84,15 +99,29 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         transport=transport,
         endpoints=endpoints,
         device=device,
-        dtype=config.dtype,
+        dtype=codec.dtype_name(dispatcher.service.dtype),
+        serves=dispatcher.service.serves,
         threads=threads,
-        modules=module_count(dispatcher.linears.config),
+        modules=module_count(dispatcher.service.groups.values()),
         model=config.model,
         digest=dispatcher.digest,
+        public_key=key.public.decode() if key else None,
     )
 
 
+def _check_dealer(endpoints: tuple[Endpoint, ...], key: KeyPair | None, progress: Progress) -> None:
+    """Refuse shared memory, which carries no encryption, and say what a dealer without a key is good for."""
+    if any(endpoint.scheme == "shm" for endpoint in endpoints):
+        raise ConfigError("a dealer cannot listen on shm: seeds must not lie in shared memory; use tcp or ipc.")
+    if key is None:
+        progress.notice(
+            "no key: seeds and mask products travel in clear, which is for development only (--key, 'tsqp keys new')."
+        )
+
+
 def _load(config: WorkerConfig, device: torch.device, progress: Progress) -> Dispatcher:
+    if config.serves in ("exact", "masks") or (config.serves == "auto" and is_packed_model(config.model)):
+        return _load_codes(config, device, progress)
     directory = locate(config.model, lambda done: progress.step("converting the model", done))
     architecture = read_config(directory)
     checkpoint = Checkpoint(directory)
@@ -100,7 +129,21 @@ def _load(config: WorkerConfig, device: torch.device, progress: Progress) -> Dis
     digest = model_digest(architecture, checkpoint, lambda done: progress.step("hashing the weights", done))
     dtype = codec.TORCH_DTYPES[config.dtype]
     linears = Linears(architecture, checkpoint, dtype, device, lambda done: progress.step("loading the weights", done))
-    return Dispatcher(linears, read_state(linears, checkpoint), config.model, digest)
+    return Dispatcher(OpenService(linears, read_state(linears, checkpoint)), config.model, digest)
+
+
+def _load_codes(config: WorkerConfig, device: torch.device, progress: Progress) -> Dispatcher:
+    """Load int8 codes, each checked against its digest, and try the kernel that will multiply by them."""
+    directory = locate_packed(config.model, lambda done: progress.step("packing the model", done))
+    packed = open_codes(directory)
+    codes = {}
+    with memory_errors("loading", device):
+        for done, group in enumerate(packed.groups):
+            codes[group.name] = packed.read(group.name).to(device)
+            progress.step("loading the codes", (done + 1) / len(packed.groups))
+    kernel_for(device)
+    service = (DealerService if config.serves == "masks" else ExactService)(packed.groups, codes, device)
+    return Dispatcher(service, config.model, packed.codes_digest)
 
 
 def resolve_device(asked: str | None, notice: Callable[[str], None]) -> torch.device:

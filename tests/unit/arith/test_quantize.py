@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tsqp.arith import ring
+from tsqp.arith import quantize, ring
 from tsqp.arith.quantize import L, dequantize, largest_norm, quantize_activations, quantize_weights
 from tsqp.errors import ExactnessError, InputError, WeightsError
 
@@ -102,6 +102,16 @@ def test_the_norm_is_never_rounded_down(codes: list[int]) -> None:
     numerator, denominator = largest.as_integer_ratio()
     assert numerator**2 >= squares * denominator**2
     assert largest <= math.sqrt(squares) * (1 + 1e-15)
+
+
+@pytest.mark.parametrize("position", [0, 1, 17, 99])
+def test_the_largest_row_counts_wherever_it_is(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.ones(100, 40, dtype=torch.int8)
+    codes[position] = -127
+    expected = largest_norm(codes[position : position + 1])
+    for block in (1, 40, 81, 4000, 1 << 20):
+        monkeypatch.setattr(quantize, "_NORM_BLOCK", block)
+        assert largest_norm(codes) == expected
 
 
 @pytest.mark.parametrize(("inputs", "largest"), [((1 << 22) - 8, 1.0), (4, float(L))])

@@ -38,7 +38,7 @@ def test_any_words_and_codes(kernel: ring.Kernel, data: st.DataObject, rows: int
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("inputs", [ring.FLOAT64_MAX_K, ring.FLOAT64_MAX_K + 1, ring.LIMB_MAX_K, ring.LIMB_MAX_K + 1])
+@pytest.mark.parametrize("inputs", [ring.FLOAT64_MAX_K, ring.FLOAT64_MAX_K + 1, ring.INT8_MAX_K, ring.INT8_MAX_K + 1])
 @pytest.mark.parametrize("word", [-(1 << 31), (1 << 31) - 1, 0x7F7F7F7F, -0x7F7F7F80])
 @pytest.mark.parametrize("code", [127, -127])
 def test_the_largest_sums_at_the_bounds(kernel: ring.Kernel, inputs: int, word: int, code: int) -> None:

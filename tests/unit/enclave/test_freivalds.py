@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from tsqp.arith import ring
 from tsqp.enclave import freivalds
 from tsqp.enclave.freivalds import Checker, FieldVector, Q
 from tsqp.errors import ExactnessError, IntegrityError
+from tsqp.wire.codec import Claim
 
 PEERS = ("worker.example:50051", "dealer.example:50052")
 
@@ -27,27 +29,47 @@ def dot(row: Sequence[int], values: Sequence[int]) -> int:
     return sum(map(int.__mul__, row, values)) % Q
 
 
+def integers(vector: FieldVector, rows_MN: Tensor) -> list[int]:
+    return [(low + (high << 32)) % Q for low, high in vector.dot_words(rows_MN).tolist()]
+
+
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 30))
 def test_inner_products_are_those_of_integers(data: st.DataObject, length: int) -> None:
     words = st.integers(-(1 << 31), (1 << 31) - 1) | st.sampled_from((-(1 << 31), (1 << 31) - 1))
     values = data.draw(st.lists(st.integers(0, Q - 1) | st.just(Q - 1), min_size=length, max_size=length))
     rows = data.draw(st.lists(st.lists(words, min_size=length, max_size=length), min_size=1, max_size=4))
+    codes = data.draw(st.lists(st.lists(st.integers(-128, 127), min_size=length, max_size=length), min_size=1))
     vector = FieldVector(torch.tensor(values, dtype=torch.int64))
-    assert vector.dot(torch.tensor(rows, dtype=torch.int32), 31).tolist() == [dot(row, values) for row in rows]
+    assert integers(vector, torch.tensor(rows, dtype=torch.int32)) == [dot(row, values) for row in rows]
+    assert vector.dot_codes(torch.tensor(codes, dtype=torch.int8)).tolist() == [dot(row, values) for row in codes]
 
 
-@pytest.mark.parametrize("word", [-(1 << 31), (1 << 31) - 1])
-@pytest.mark.parametrize("length", [1 << 10, (1 << 10) + 1, 128256])
-def test_the_largest_sums_stay_exact(word: int, length: int) -> None:
-    vector = FieldVector(torch.full((length,), Q - 1, dtype=torch.int64))
-    row = torch.full((1, length), word, dtype=torch.int32)
-    assert vector.dot(row, 31).tolist() == [word * (Q - 1) * length % Q]
+@pytest.mark.parametrize("word", [-(1 << 31), (1 << 31) - 1, 0x7F7F7F7F, 0x7F7F7F80, -0x7F7F7F81])
+@pytest.mark.parametrize("value", [Q - 1, Q // 2, Q // 2 + 1, 0x7F7F7F7F7F7F7F7F % Q])
+@pytest.mark.parametrize("length", [1 << 10, 128256, 262143])
+def test_the_largest_sums_stay_exact(word: int, value: int, length: int) -> None:
+    vector = FieldVector(torch.full((length,), value, dtype=torch.int64))
+    assert integers(vector, torch.full((1, length), word, dtype=torch.int32)) == [word * value * length % Q]
 
 
-def test_rows_too_long_to_sum_are_refused() -> None:
+def test_halves_stay_far_below_overflow_at_the_longest_row() -> None:
+    longest = 32 * ring.INT8_MAX_K // 4
+    vector = FieldVector(torch.full((longest,), Q // 2, dtype=torch.int64))
+    halves = vector.dot_words(torch.full((1, longest), (1 << 31) - 1, dtype=torch.int32))
+    assert int(halves.abs().max()) < 1 << 62
+    assert integers(vector, torch.full((1, longest), -(1 << 31), dtype=torch.int32)) == [
+        -(1 << 31) * (Q // 2) * longest % Q
+    ]
     with pytest.raises(ExactnessError, match="cannot be summed exactly"):
-        FieldVector(torch.zeros(4, dtype=torch.int64)).dot(torch.zeros(1, 4), 51)
+        FieldVector(torch.zeros(longest + 1, dtype=torch.int64))
+
+
+def test_sums_are_the_same_without_an_int8_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randint(-(1 << 31), (1 << 31) - 1, (5, 300), generator=torch.Generator().manual_seed(3)).int()
+    fast = FieldVector(freivalds.draw(300, seeded(1))._values_N).dot_words(rows)
+    monkeypatch.setattr(ring, "kernel_for", lambda _device: ring.Float64Kernel())
+    assert torch.equal(FieldVector(freivalds.draw(300, seeded(1))._values_N).dot_words(rows), fast)
 
 
 def test_draws_cover_the_field_and_skip_q() -> None:
@@ -66,59 +88,91 @@ def test_draws_cover_the_field_and_skip_q() -> None:
     assert len(set(drawn.tolist())) == 1000
 
 
-@pytest.fixture
-def product() -> tuple[Checker, Tensor, Tensor, Tensor]:
+def checker_of(codes_NK: Tensor, name: str = "layers.3.down", seed: int = 5) -> Checker:
+    outputs, inputs = codes_NK.shape
+    checker = Checker(name, outputs, inputs, seeded(seed))
+    checker.absorb(codes_NK)
+    return checker
+
+
+class Product:
     """A checker, xq, the codes, and the true product, all within the centred range."""
-    generator = torch.Generator().manual_seed(4)
-    codes_NK = torch.randint(-127, 128, (48, 40), generator=generator).to(torch.int8)
-    xq_MK = torch.randint(-10000, 10000, (7, 40), generator=generator).to(torch.int32)
-    return Checker("layers.3.down", codes_NK, seeded(5)), xq_MK, codes_NK, ring.multiply(xq_MK, codes_NK)
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(4)
+        self.codes_NK = torch.randint(-127, 128, (48, 40), generator=generator).to(torch.int8)
+        self.xq_MK = torch.randint(-10000, 10000, (7, 40), generator=generator).to(torch.int32)
+        self.y_MN = ring.multiply(self.xq_MK, self.codes_NK)
+        self.checker = checker_of(self.codes_NK)
+
+    def check(self, rows: slice = slice(None)) -> Tensor:
+        claim = Claim(self.y_MN[rows], "a test")
+        return self.checker.verified(claim, self.xq_MK[rows], PEERS)
 
 
-def test_true_products_pass(product: tuple[Checker, Tensor, Tensor, Tensor]) -> None:
-    checker, xq_MK, _, y_MN = product
-    checker.check(y_MN, xq_MK, PEERS)
-    checker.check(y_MN[:1], xq_MK[:1], PEERS)
-    checker.check(y_MN[:0], xq_MK[:0], PEERS)
+@pytest.fixture
+def product() -> Product:
+    return Product()
+
+
+def test_true_products_pass(product: Product) -> None:
+    for rows in (slice(None), slice(1), slice(0)):
+        assert torch.equal(product.check(rows), product.y_MN[rows])
 
 
 @pytest.mark.parametrize("delta", [1, -1, 2, 1 << 16, -(1 << 31), (1 << 31) - 1, (1 << 32) - 1 - (1 << 32)])
 @pytest.mark.parametrize("where", [(0, 0), (6, 47), (3, 20)])
-def test_one_wrong_word_is_found(
-    product: tuple[Checker, Tensor, Tensor, Tensor], delta: int, where: tuple[int, int]
-) -> None:
-    checker, xq_MK, _, y_MN = product
-    y_MN[where] += delta
+def test_one_wrong_word_is_found(product: Product, delta: int, where: tuple[int, int]) -> None:
+    product.y_MN[where] += delta
     with pytest.raises(IntegrityError, match=r"layers\.3\.down: 1 of 7 rows.*worker\.example:50051, dealer\.example"):
-        checker.check(y_MN, xq_MK, PEERS)
+        product.check()
 
 
-def test_errors_that_cancel_between_rows_are_found(product: tuple[Checker, Tensor, Tensor, Tensor]) -> None:
-    checker, xq_MK, _, y_MN = product
-    y_MN[0, 5] += 9
-    y_MN[1, 5] -= 9
+def test_errors_that_cancel_between_rows_are_found(product: Product) -> None:
+    product.y_MN[0, 5] += 9
+    product.y_MN[1, 5] -= 9
     with pytest.raises(IntegrityError, match="2 of 7 rows"):
-        checker.check(y_MN, xq_MK, PEERS)
+        product.check()
 
 
-def test_swapped_rows_and_other_codes_are_found(product: tuple[Checker, Tensor, Tensor, Tensor]) -> None:
-    checker, xq_MK, codes_NK, y_MN = product
+def test_swapped_rows_are_found(product: Product) -> None:
+    product.y_MN = product.y_MN.flip(0)
     with pytest.raises(IntegrityError):
-        checker.check(y_MN.flip(0), xq_MK, PEERS)
-    codes_NK[11, 13] += 1 if codes_NK[11, 13] < 127 else -1
+        product.check()
+
+
+def test_products_with_other_codes_are_found(product: Product) -> None:
+    product.codes_NK[11, 13] += 1 if product.codes_NK[11, 13] < 127 else -1
+    product.y_MN = ring.multiply(product.xq_MK, product.codes_NK)
     with pytest.raises(IntegrityError):
-        checker.check(ring.multiply(xq_MK, codes_NK), xq_MK, PEERS)
+        product.check()
 
 
-def test_the_secret_is_not_shown(product: tuple[Checker, Tensor, Tensor, Tensor]) -> None:
-    checker = product[0]
-    shown = repr(checker) + repr(checker._s)
-    assert not any(str(value) in shown for value in checker._s._values_N.tolist())
+def test_after_a_failure_nothing_is_accepted(product: Product) -> None:
+    true = product.y_MN.clone()
+    product.y_MN[2, 2] += 1
+    with pytest.raises(IntegrityError):
+        product.check()
+    product.y_MN = true
+    with pytest.raises(IntegrityError, match="a wrong product came before"):
+        product.check()
 
 
-def test_large_codes_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes_NK = torch.randint(-127, 128, (9, 50), generator=torch.Generator().manual_seed(6)).to(torch.int8)
-    whole = Checker("head", codes_NK, seeded(7))
-    monkeypatch.setattr(freivalds, "_WIDENED", 64)
-    assert torch.equal(Checker("head", codes_NK, seeded(7))._c._values_N, whole._c._values_N)
+def test_the_secret_is_not_shown_and_does_not_leave(product: Product) -> None:
+    shown = repr(product.checker) + repr(product.checker._s)
+    assert not any(str(value) in shown for value in product.checker._s._values_N.tolist())
+    with pytest.raises(ExactnessError, match="must not leave"):
+        pickle.dumps(product.checker)
+
+
+def test_codes_are_absorbed_in_parts_and_completely() -> None:
+    codes_NK = torch.randint(-128, 128, (9, 50), generator=torch.Generator().manual_seed(6)).to(torch.int8)
+    whole, parts = checker_of(codes_NK, seed=7), Checker("head", 9, 50, seeded(7))
+    for rows in codes_NK.split(4):
+        with pytest.raises(ExactnessError, match="of 9 rows of codes absorbed"):
+            parts.verified(Claim(torch.zeros(1, 9, dtype=torch.int32), ""), torch.zeros(1, 50, dtype=torch.int32), ())
+        parts.absorb(rows)
+    assert torch.equal(parts._c._values_N, whole._c._values_N)
     assert whole._c._values_N.tolist() == [dot(column, whole._s._values_N.tolist()) for column in codes_NK.T.tolist()]
+    with pytest.raises(ExactnessError, match="has 9 rows of codes; 10 came"):
+        parts.absorb(codes_NK[:1])

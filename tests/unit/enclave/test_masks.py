@@ -1,65 +1,19 @@
-"""Masks: the keystream of the standard, disjoint rows, and a ledger that never gives a row twice."""
+"""Mask keys, a ledger that never gives a row twice, and masks that hide one input."""
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import pickle
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tsqp.enclave.masks import MaskKey, MaskLedger, keystream_rows
-from tsqp.errors import MaskReuseError
-
-# NIST SP 800-38A, F.5.5: CTR-AES256.Encrypt.
-NIST_KEY = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
-NIST_COUNTER = int("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff", 16)
-NIST_KEYSTREAM = bytes(
-    a ^ b
-    for a, b in zip(
-        bytes.fromhex("6bc1bee22e409f96e93d7e117393172a"),
-        bytes.fromhex("601ec313775789a5b7a7f504bbf3d228"),
-        strict=True,
-    )
-)
-
-
-def as_bytes(rows: torch.Tensor) -> bytes:
-    return rows.contiguous().numpy().tobytes()
-
-
-def test_a_row_is_the_keystream_of_the_standard() -> None:
-    """With 4 words a row is one block, so group and row spell the counter; its row number is beyond 2^64 there."""
-    encryptor = Cipher(algorithms.AES(NIST_KEY), modes.CTR(NIST_COUNTER.to_bytes(16, "big"))).encryptor()
-    assert encryptor.update(bytes(16)) == NIST_KEYSTREAM
-    row = keystream_rows(NIST_KEY, 0xF0F1F2F3, 0xF8F9FAFBFCFDFEFF, 1, 4)
-    counter = (0xF0F1F2F3 << 96 | 0xF8F9FAFBFCFDFEFF).to_bytes(16, "big")
-    block = Cipher(algorithms.AES(NIST_KEY), modes.ECB()).encryptor().update(counter)  # noqa: S305  CTR by hand
-    assert as_bytes(row) == block
-
-
-@given(st.integers(0, 1 << 40), st.integers(1, 6), st.integers(1, 40))
-def test_rows_made_together_and_alone_are_the_same(first: int, count: int, inputs: int) -> None:
-    together = keystream_rows(NIST_KEY, 7, first, count, inputs)
-    assert together.shape == (count, inputs)
-    for index in range(count):
-        assert torch.equal(together[index], keystream_rows(NIST_KEY, 7, first + index, 1, inputs)[0])
-
-
-def test_no_block_is_shared() -> None:
-    """Over groups and rows, with rows that do not fill their last block."""
-    blocks: Counter[bytes] = Counter()
-    for group in range(4):
-        for row in range(50):
-            data = as_bytes(keystream_rows(NIST_KEY, group, row, 1, 10))
-            blocks.update(data[start : start + 16] for start in range(0, 32, 16))
-    assert max(blocks.values()) == 1
+from tsqp.enclave.masks import Mask, MaskKey, MaskLedger, MaskRows
+from tsqp.errors import ExactnessError, MaskReuseError
+from tsqp.wire.codec import Claim
 
 
 def test_other_keys_give_other_rows() -> None:
@@ -72,15 +26,6 @@ def test_bits_are_balanced() -> None:
     words = MaskKey().rows(1, 0, 64, 1024)
     for bit in range(32):
         assert float(((words >> bit) & 1).float().mean()) == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("group", "first", "count", "inputs"),
-    [(-1, 0, 1, 4), (1 << 32, 0, 1, 4), (0, -1, 1, 4), (0, (1 << 64) - 1, 2, 4), (0, 0, 1, 1 << 34), (0, 5, -1, 4)],
-)
-def test_the_counter_never_wraps(group: int, first: int, count: int, inputs: int) -> None:
-    with pytest.raises(MaskReuseError, match="beyond the counter's range"):
-        keystream_rows(NIST_KEY, group, first, count, inputs)
 
 
 def test_a_key_is_neither_shown_nor_pickled() -> None:
@@ -138,3 +83,46 @@ def test_a_fork_cannot_use_its_parents_rows() -> None:
     with os.fdopen(reader, "rb") as pipe:
         assert b"fork of the one that holds the mask ledger" in pipe.read()
     assert ledger.take(0, 1) == 0
+
+
+def mask(rows: tuple[int, ...] = (2, 3)) -> Mask:
+    """A mask over parts that are not consecutive; its words are the row numbers, its products minus one."""
+    parts, first = [], 0
+    for count in rows:
+        parts.append(MaskRows(first, torch.full((count, 2), -1, dtype=torch.int32)))
+        first += 10 * count
+    return Mask(parts, lambda at, count: torch.arange(at, at + count, dtype=torch.int32)[:, None].expand(count, 4))
+
+
+def test_a_mask_adds_each_parts_words_and_takes_its_products_off() -> None:
+    hidden = mask().add(torch.full((5, 4), (1 << 31) - 1, dtype=torch.int32))
+    low = -(1 << 31)
+    assert hidden[:, 0].tolist() == [(1 << 31) - 1, low, low + 19, low + 20, low + 21]
+    claim = mask().remove(Claim(torch.zeros(5, 2, dtype=torch.int32), "head from w"))
+    assert isinstance(claim, Claim)
+    assert claim.source == "head from w"
+    assert torch.equal(claim.unverified(), torch.ones(5, 2, dtype=torch.int32))
+
+
+def test_a_mask_hides_one_input() -> None:
+    used = mask()
+    used.add(torch.zeros(5, 4, dtype=torch.int32))
+    with pytest.raises(MaskReuseError, match="a second input"):
+        used.add(torch.zeros(5, 4, dtype=torch.int32))
+
+
+def test_a_mask_of_another_size_hides_nothing_and_is_burnt() -> None:
+    used = mask()
+    with pytest.raises(ExactnessError, match="5 rows cannot hide 4"):
+        used.add(torch.zeros(4, 4, dtype=torch.int32))
+    with pytest.raises(MaskReuseError):
+        used.add(torch.zeros(5, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("secret", [mask(), MaskRows(0, torch.zeros(1, 1, dtype=torch.int32))])
+def test_masks_and_their_products_do_not_leave(secret: object) -> None:
+    with pytest.raises(MaskReuseError, match="must not leave"):
+        pickle.dumps(secret)
+    with pytest.raises(MaskReuseError):
+        copy.deepcopy(secret)
+    assert "tensor" not in repr(secret)

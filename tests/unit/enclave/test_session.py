@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqp.enclave.session import MAX_IN_FLIGHT, Session, check_worker
+from tsqp.enclave.session import MAX_IN_FLIGHT, Expected, Session, check_peer
 from tsqp.errors import (
     DeviceMemoryError,
     HostileError,
@@ -91,11 +91,16 @@ def result(request_id: int, spec: TensorSpec = SPEC) -> messages.Result:
     return messages.Result(id=request_id, y=spec, compute_ns=11)
 
 
+EXPECTED = Expected(serves="open", digest="d" * 64, dtype="float32", groups=linear_groups(CONFIG))
+
+
 def welcome(**changes: Any) -> messages.Welcome:
     groups = tuple(GroupSpec(g.name, g.members, g.in_features, g.out_features) for g in linear_groups(CONFIG))
     fields: dict[str, Any] = {
         "id": 1,
         "software": "tsqp 3",
+        "instance": "1",
+        "serves": "open",
         "model": "tiny",
         "model_digest": "d" * 64,
         "device": "cpu",
@@ -322,7 +327,7 @@ def test_close_closes_the_transport(session: Session, worker: FakeTransport) -> 
 
 def test_the_right_worker_is_accepted(session: Session, worker: FakeTransport) -> None:
     worker.say(welcome())
-    check_worker(session.hello(5.0), CONFIG, "d" * 64, "float32", session.peer)
+    check_peer(session.hello(5.0), EXPECTED, session.peer)
 
 
 def other_group(change: Callable[[GroupSpec], GroupSpec]) -> tuple[GroupSpec, ...]:
@@ -333,6 +338,8 @@ def other_group(change: Callable[[GroupSpec], GroupSpec]) -> tuple[GroupSpec, ..
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"serves": "exact"}, r"serves int8 codes.*needs float weights.*'tsqp worker'"),
+        ({"serves": "masks"}, "serves mask products; this side needs float weights"),
         ({"model_digest": "e" * 64}, r"holds model 'tiny' \(digest e{12}\).*expects digest d{12}"),
         ({"dtype": "float16"}, r"computes in float16, this side asks for float32.*--dtype"),
         ({"groups": ()}, "other linear groups"),
@@ -344,4 +351,4 @@ def other_group(change: Callable[[GroupSpec], GroupSpec]) -> tuple[GroupSpec, ..
 )
 def test_another_model_or_dtype_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelMismatchError, match=message):
-        check_worker(welcome(**changes), CONFIG, "d" * 64, "float32", "gpu.example:50051")
+        check_peer(welcome(**changes), EXPECTED, "gpu.example:50051")

@@ -26,7 +26,7 @@ from tsqp.bench.monolithic import Monolithic
 from tsqp.errors import InputError
 from tsqp.model.architecture import read_config
 from tsqp.model.layers import rope_frequencies
-from tsqp.model.tokenizer import Tokenizer
+from tsqp.model.tokenizer import read_tokenizer
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 TOKENS = 64
@@ -214,7 +214,7 @@ please check my arithmetic, because I trust the machine as far as I can throw it
 
 @pytest.fixture(scope="module")
 def bundled_ids(bundled_directory: Path) -> Tensor:
-    return torch.tensor([Tokenizer(bundled_directory).encode(TEXT)])
+    return torch.tensor([read_tokenizer(bundled_directory).encode(TEXT)])
 
 
 @pytest.fixture(scope="module")

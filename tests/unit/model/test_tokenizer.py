@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer
 
 from tsqp.errors import WeightsError
-from tsqp.model.tokenizer import Tokenizer, find_tokenizer
+from tsqp.model.tokenizer import Tokenizer, find_tokenizer, read_tokenizer
 
 TEXTS = {
     "plain": "The quick brown fox jumps over the lazy dog.",
@@ -36,7 +36,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def ours(bundled_directory: Path) -> Tokenizer:
-    return Tokenizer(bundled_directory)
+    return read_tokenizer(bundled_directory)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def save_words(directory: Path, *, limited: bool = False) -> Path:
 
 def test_saved_truncation_and_padding_are_off(tmp_path: Path) -> None:
     """A prompt cut in silence would be a wrong answer."""
-    tokenizer = Tokenizer(save_words(tmp_path, limited=True))
+    tokenizer = read_tokenizer(save_words(tmp_path, limited=True))
     assert tokenizer.encode("one two three four") == [1, 2, 3, 4]
     assert tokenizer.encode("one") == [1]
 
@@ -96,7 +96,7 @@ def test_found_where_there_is_one(tmp_path: Path) -> None:
 
 def test_missing_file_says_what_else_works(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"no tokenizer\.json.*--tokens"):
-        Tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -113,4 +113,4 @@ def test_truncated_file(tmp_path: Path) -> None:
     whole = json.dumps(json.loads(file.read_text(encoding="utf-8")))
     file.write_text(whole[: len(whole) // 2], encoding="utf-8")
     with pytest.raises(WeightsError, match="is not a tokenizer"):
-        Tokenizer(tmp_path)
+        read_tokenizer(tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -15,7 +15,7 @@ from tsqp.wire.messages import AnyReply, AnyRequest, GroupSpec, TensorSpec
 names = st.text(min_size=1, max_size=messages.MAX_NAME)
 ids = st.integers(0, (1 << 62) - 1)
 dimensions = st.integers(0, messages.MAX_DIMENSION)
-dtypes: st.SearchStrategy[messages.DtypeName] = st.sampled_from(["float32", "float16", "bfloat16", "int64"])
+dtypes: st.SearchStrategy[messages.DtypeName] = st.sampled_from(get_args(messages.DtypeName))
 specs = st.builds(TensorSpec, dtypes, st.lists(dimensions, max_size=messages.MAX_RANK).map(tuple))
 counts = st.integers(0, 2**63 - 1)
 groups = st.builds(
@@ -28,6 +28,16 @@ groups = st.builds(
 requests = st.one_of(
     st.builds(messages.Hello, id=ids, software=names),
     st.builds(messages.Linear, id=ids, group=names, x=specs),
+    st.builds(messages.LinearExact, id=ids, group=names, x=specs),
+    st.builds(messages.Codes, id=ids, group=names, first=dimensions, rows=dimensions),
+    st.builds(
+        messages.MaskProduct,
+        id=ids,
+        group=names,
+        seed=st.binary(min_size=32, max_size=32),
+        first=ids,
+        count=dimensions,
+    ),
     st.builds(messages.Embedding, id=ids, ids=specs, dtype=dtypes),
     st.builds(messages.MatMul, id=ids, a=specs, b=specs),
     st.builds(messages.State, id=ids),
@@ -38,6 +48,8 @@ replies = st.one_of(
         messages.Welcome,
         id=ids,
         software=names,
+        instance=names,
+        serves=st.sampled_from(get_args(messages.Service)),
         model=names,
         model_digest=names,
         device=names,

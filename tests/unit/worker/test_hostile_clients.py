@@ -17,6 +17,7 @@ from tsqp.model.linears import Linears
 from tsqp.wire import codec, messages
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.legacy import LegacyDispatcher
+from tsqp.worker.services import OpenService
 
 STATE: dict[str, Tensor] = {"model.norm.weight": torch.ones(48)}
 MODULES = ["lm_head", "model.embed_tokens", "model.layers.0.self_attn.k_proj", "no.such"]
@@ -37,7 +38,7 @@ def zeros(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def answer(linears: Linears, frames: list[bytes]) -> Any:
-    reply, _ = codec.decode_reply(Dispatcher(linears, STATE, "tiny", "digest").answer(frames))
+    reply, _ = codec.decode_reply(Dispatcher(OpenService(linears, STATE), "tiny", "digest").answer(frames))
     return reply
 
 
@@ -108,18 +109,14 @@ def test_operands_without_elements_are_refused(linears: Linears) -> None:
     assert "an operand is empty" in reply.message
 
 
-class _Broken(Linears):
-    """A model with a bug."""
-
-    def __init__(self) -> None:
-        pass
-
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+def test_a_bug_fails_the_request_and_not_the_worker(
+    linears: Linears, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(a: Tensor, b: Tensor) -> Tensor:
         raise ZeroDivisionError(f"{a.shape} {b.shape}")
 
-
-def test_a_bug_fails_the_request_and_not_the_worker(caplog: pytest.LogCaptureFixture) -> None:
-    reply = matmul(_Broken(), (1, 1), (1, 1), bytes(4), bytes(4))
+    monkeypatch.setattr(linears, "matmul", broken)
+    reply = matmul(linears, (1, 1), (1, 1), bytes(4), bytes(4))
     assert isinstance(reply, messages.Failure)
     assert reply.code == "internal"
     assert "ZeroDivisionError" in caplog.text
@@ -127,7 +124,7 @@ def test_a_bug_fails_the_request_and_not_the_worker(caplog: pytest.LogCaptureFix
 
 
 def test_a_long_model_path_is_shown_by_its_last_part(linears: Linears) -> None:
-    dispatcher = Dispatcher(linears, STATE, "/long" * 100 + "/my-model", "digest")
+    dispatcher = Dispatcher(OpenService(linears, STATE), "/long" * 100 + "/my-model", "digest")
     reply, _ = codec.decode_reply(dispatcher.answer([messages.encode(messages.Hello(id=1, software="test"))]))
     assert isinstance(reply, messages.Welcome)
     assert reply.model == "my-model"

@@ -1,0 +1,110 @@
+"""The variants that ``tsqp bench`` measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tsqp.threads import SHARED_WAITING
+
+_ACTIVE = {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One variant.
+
+    Attributes:
+        name: of the variant.
+        level: what its process runs.
+        environment: it runs in.
+        settings: for the report.
+        link: which worker it uses.
+        packed: it runs the packed model.
+        masks_ready: its mask pool is full before each run.
+        dealer: its masks come from a dealer.
+        all_logits: it computes the head at every position.
+        timed: whether it takes part in every round.
+    """
+
+    name: str
+    level: str
+    environment: dict[str, str]
+    settings: str
+    link: str = "shm"
+    packed: bool = False
+    masks_ready: bool = False
+    dealer: bool = False
+    all_logits: bool = False
+    timed: bool = True
+
+
+def _exact(name: str, level: str, settings: str, *, masks_ready: bool = False, dealer: bool = False) -> Plan:
+    return Plan(
+        name=name,
+        level=level,
+        environment=SHARED_WAITING,
+        settings=settings,
+        link="exact",
+        packed=True,
+        masks_ready=masks_ready,
+        dealer=dealer,
+    )
+
+
+# The published client sets nothing, so it gets OpenMP's own default.
+PLANS = (
+    Plan(
+        name="monolithic-active",
+        level="monolithic",
+        environment=_ACTIVE,
+        settings="transformers, sdpa, inference mode, no cache, OpenMP active",
+    ),
+    Plan(
+        name="monolithic-passive",
+        level="monolithic",
+        environment=SHARED_WAITING,
+        settings="transformers, sdpa, inference mode, no cache, OpenMP passive",
+    ),
+    Plan(name="local", level="local", environment={}, settings="this engine in one process, OpenMP default"),
+    Plan(
+        name="open",
+        level="open",
+        environment=SHARED_WAITING,
+        settings="this engine, worker over shm, OpenMP passive on both sides",
+    ),
+    Plan(name="open-ipc", level="open", environment=SHARED_WAITING, settings="as open, worker over ipc", link="ipc"),
+    Plan(
+        name="local-int8",
+        level="local",
+        environment={},
+        settings="packed model, exact products in one process",
+        packed=True,
+    ),
+    _exact("verified", "verified", "worker over shm, every row of every product checked"),
+    _exact("masked", "masked", "as verified, masked by the enclave, pool filled before each run", masks_ready=True),
+    _exact("masked-sustained", "masked", "as masked, masks made by the enclave within the run"),
+    _exact("masked-dealer", "masked", "as masked, by one dealer over ipc with CURVE", masks_ready=True, dealer=True),
+    _exact("masked-dealer-sustained", "masked", "as masked-dealer, fetched within the run", dealer=True),
+    Plan(
+        name="legacy",
+        level="legacy",
+        environment={},
+        settings="published client over tcp, one blocking call per module, sdpa, OpenMP default",
+        link="tcp",
+    ),
+    Plan(
+        name="open-all-logits",
+        level="open",
+        environment=SHARED_WAITING,
+        settings="as open, head at every position; once, for its bytes",
+        all_logits=True,
+        timed=False,
+    ),
+    Plan(
+        name="legacy-matmul",
+        level="legacy-matmul",
+        environment={},
+        settings="as legacy, attention's two products on the worker, as with eager attention",
+        link="tcp",
+    ),
+)

@@ -1,0 +1,253 @@
+"""Mask products kept ready: filled while nothing runs, taken once, in memory only.
+
+Products determine masks, so the pool is key material: it is never written down, and pickling it raises. What is not
+ready when it is needed is computed or fetched then: slower, never unmasked and never used again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsqp.enclave.mask_sources import MaskSource
+from tsqp.enclave.masks import Mask, MaskLedger, MaskRows
+from tsqp.errors import ConfigError, IntegrityError, MaskReuseError
+from tsqp.meter import Meter
+from tsqp.model.architecture import LinearGroup
+
+_WORD_BYTES = 4
+# A step of filling produces at most this much: some milliseconds, after which a request may have come.
+_STEP_BYTES = 4 << 20
+_STEP_ROWS = 128
+# How many of the forward pass's next products are asked for ahead where dealers compute them just in time.
+_AHEAD = 8
+# A prompt needs one row of the head; a pool for prompts of this many tokens holds one per prompt.
+_TOKENS_PER_HEAD_ROW = 16
+
+HEAD = "head"
+
+
+def pool_rows(groups: Sequence[LinearGroup], rows: int) -> dict[str, int]:
+    """Return how many rows of each group a pool for ``rows`` tokens holds. The head sees one token per prompt."""
+    return {group.name: -(-rows // _TOKENS_PER_HEAD_ROW) if group.name == HEAD else rows for group in groups}
+
+
+def pool_bytes(groups: Sequence[LinearGroup], rows: int) -> int:
+    """Return how much memory the products of a pool for ``rows`` tokens take, in bytes."""
+    held = pool_rows(groups, rows)
+    return sum(held[group.name] * group.rows * _WORD_BYTES for group in groups)
+
+
+def peak_bytes(groups: Sequence[LinearGroup], rows: int) -> int:
+    """Return what a pool may take while it is used: of each group, half a block that is partly used stays in memory."""
+    held = pool_rows(groups, rows)
+    halves = sum(min(_step_rows(group), held[group.name]) // 2 * group.rows * _WORD_BYTES for group in groups)
+    return pool_bytes(groups, rows) + halves
+
+
+def _step_rows(group: LinearGroup) -> int:
+    return max(1, min(_STEP_ROWS, _STEP_BYTES // (group.rows * _WORD_BYTES)))
+
+
+def check_pool_fits(groups: Sequence[LinearGroup], rows: int, limit_bytes: int) -> None:
+    """Refuse a pool that is larger than the memory it may take.
+
+    Raises:
+        ConfigError: it is.
+    """
+    needed = peak_bytes(groups, rows)
+    if needed > limit_bytes:
+        fitting = rows * limit_bytes // needed
+        raise ConfigError(
+            f"a mask pool of {rows} rows takes {needed / 1e6:.0f} MB with this model; --mask-memory allows "
+            f"{limit_bytes / 1e6:.0f} MB, which is about {fitting} rows. Lower --mask-pool or raise --mask-memory."
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Pending:
+    first: int
+    count: int
+    collect: Callable[[], Tensor]
+
+
+class MaskPool:
+    """The masks of one enclave process. Thread-safe; refuses to serve a fork.
+
+    Args:
+        groups: the model's linear groups, in order.
+        source: where products come from.
+        ledger: numbers the rows.
+        rows: for how many tokens to keep products ready; 0 for none.
+        limit_bytes: memory that products may take.
+        meter: where rows and waiting are counted.
+
+    Raises:
+        ConfigError: the pool would take more than ``limit_bytes``.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[LinearGroup],
+        source: MaskSource,
+        ledger: MaskLedger,
+        rows: int,
+        limit_bytes: int,
+        meter: Meter,
+    ) -> None:
+        check_pool_fits(groups, rows, limit_bytes)
+        self._order = [group.name for group in groups]
+        self._numbers = {name: number for number, name in enumerate(self._order)}
+        self._step = {group.name: _step_rows(group) for group in groups}
+        self._targets = pool_rows(groups, rows)
+        self._source = source
+        self._ledger = ledger
+        self._meter = meter
+        self._ready: dict[str, deque[MaskRows]] = {name: deque() for name in self._order}
+        self._pending: dict[str, deque[_Pending]] = {name: deque() for name in self._order}
+        self._distrusted: str | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"MaskPool({self.held} of {self.wanted} rows, not shown)"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise MaskReuseError("a pool of masks is key material: it lives in memory only and cannot be stored.")
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Who contributes to the products."""
+        return self._source.peers
+
+    @property
+    def held(self) -> int:
+        """Rows that are ready, over all groups."""
+        return sum(self._held().values())
+
+    @property
+    def wanted(self) -> int:
+        """Rows that a full pool holds."""
+        return sum(self._targets.values())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every group has its rows."""
+        held = self._held()
+        return all(held[name] >= target for name, target in self._targets.items())
+
+    def _held(self) -> Mapping[str, int]:
+        return {name: sum(len(part.u_MN) for part in tuple(parts)) for name, parts in self._ready.items()}
+
+    @torch.inference_mode()
+    def take(self, group: str, count: int) -> Mask:
+        """Take the mask for ``count`` rows of a group out of the pool; what is missing is produced now.
+
+        Raises:
+            MaskReuseError: this process is a fork, or no rows are left.
+            IntegrityError: a dealer is out of use.
+            TransportError, HostileError: a dealer does not answer, or not with products.
+        """
+        self._ledger.check_process()
+        with self._lock:
+            self.check_trusted()
+            taken = self._take_ready(group, count)
+            missing = count - sum(len(part.u_MN) for part in taken)
+            if missing:
+                with self._meter.span("mask_wait"):
+                    taken += self._take_missing(group, missing)
+            self._meter.mask_rows += count
+        return Mask(taken, lambda first, rows: self._words(group, first, rows))
+
+    def _words(self, group: str, first: int, count: int) -> Tensor:
+        self._ledger.check_process()
+        return self._source.rows(group, first, count)
+
+    def _take_ready(self, group: str, count: int) -> list[MaskRows]:
+        taken: list[MaskRows] = []
+        ready = self._ready[group]
+        while count and ready:
+            part = ready.popleft()
+            if len(part.u_MN) > count:
+                ready.appendleft(MaskRows(part.first + count, _compact(part.u_MN[count:])))
+                part = MaskRows(part.first, part.u_MN[:count])
+            taken.append(part)
+            count -= len(part.u_MN)
+        return taken
+
+    def _take_missing(self, group: str, count: int) -> list[MaskRows]:
+        self._ask(group, count)
+        self._ask_ahead(group, count)
+        while self._pending[group]:
+            self._collect(group)
+        return self._take_ready(group, count)
+
+    def _ask(self, group: str, count: int) -> None:
+        """Start producing what is missing of ``count`` rows."""
+        coming = sum(pending.count for pending in self._pending[group])
+        coming += sum(len(part.u_MN) for part in self._ready[group])
+        if coming < count:
+            missing = count - coming
+            first = self._ledger.take(self._numbers[group], missing)
+            self._pending[group].append(_Pending(first, missing, self._source.start(group, first, missing)))
+
+    def _ask_ahead(self, group: str, count: int) -> None:
+        """Let dealers work on the next products of the forward pass while this one is being used."""
+        if self.peers:
+            at = self._numbers[group] + 1
+            for following in self._order[at : at + _AHEAD]:
+                if following != HEAD:
+                    self._ask(following, count)
+
+    def _collect(self, group: str) -> None:
+        pending = self._pending[group].popleft()
+        self._ready[group].append(MaskRows(pending.first, pending.collect()))
+
+    @torch.inference_mode()
+    def fill_step(self) -> None:
+        """Produce some rows of the emptiest groups, a few milliseconds' worth, and put them in the pool.
+
+        Raises:
+            TsqpError: as ``take``.
+        """
+        self._ledger.check_process()
+        with self._lock:
+            self.check_trusted()
+            held = self._held()
+            lacking = [name for name in self._order if held[name] < self._targets[name]]
+            lacking.sort(key=lambda name: held[name] / self._targets[name])
+            for name in lacking[: _AHEAD if self.peers else 1]:
+                self._ask(name, min(self._targets[name], held[name] + self._step[name]))
+            for name in self._order:
+                while self._pending[name]:
+                    self._collect(name)
+
+    def check_trusted(self) -> None:
+        """Refuse to go on with dealers that may have lied.
+
+        Raises:
+            IntegrityError: a wrong product came that they contributed to.
+        """
+        if self._distrusted:
+            raise IntegrityError(f"the dealers are out of use since a wrong product: {self._distrusted}")
+
+    def distrust(self, reason: str) -> None:
+        """Throw away every product, since those who made them may have lied; their rows stay burnt.
+
+        Dealers are out of use from now on: nothing is asked of them again. The enclave's own products are made anew.
+        """
+        with self._lock:
+            if self.peers:
+                self._distrusted = reason
+            for name in self._order:
+                self._ready[name].clear()
+                self._pending[name].clear()
+
+
+def _compact(rest_MN: Tensor) -> Tensor:
+    """Let go of a block's memory once at most half of it is left; each row is copied a constant number of times."""
+    return rest_MN.clone() if 2 * rest_MN.nbytes <= rest_MN.untyped_storage().nbytes() else rest_MN

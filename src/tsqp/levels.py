@@ -1,0 +1,278 @@
+"""Loads a model at any level, ready to predict: where the levels differ, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tsqp.config import EXACT_LEVELS, EnclaveConfig
+from tsqp.enclave.codes import CodesSource, DirectoryCodes, StreamedCodes, read_codes
+from tsqp.enclave.connect import Peer, Wrap, connect, meet
+from tsqp.enclave.dealers import check_dealers, dealer_peers, met_dealers
+from tsqp.enclave.mask_pool import MaskPool, check_pool_fits
+from tsqp.enclave.mask_refill import IdleRefill
+from tsqp.enclave.mask_sources import EnclaveMasks, MaskSource
+from tsqp.enclave.masks import MaskLedger
+from tsqp.enclave.products import CheckedProducts, ExactWorker
+from tsqp.enclave.session import Expected, Session
+from tsqp.errors import ConfigError, InputError
+from tsqp.meter import Meter
+from tsqp.model.architecture import LlamaConfig, linear_groups, read_config, weight_shapes
+from tsqp.model.digest import model_digest
+from tsqp.model.exact import ExactOps, LocalProducts
+from tsqp.model.linears import Linears
+from tsqp.model.llama import Llama
+from tsqp.model.locate import is_packed_model, locate, locate_packed
+from tsqp.model.ops import LocalOps, read_state
+from tsqp.model.packed import PackedEnclave, open_enclave
+from tsqp.model.tokenizer import Tokenizer, find_tokenizer
+from tsqp.model.weights import Checkpoint
+from tsqp.threads import using_threads
+from tsqp.transport.keys import load_public
+from tsqp.wire import codec
+
+# Between two replies the enclave's other threads sleep. Waking one costs some 0.1 ms, as much as a whole operation on
+# this many tokens; attention, the largest, gains from a second thread above it (docs/performance.md).
+_TOKENS_WORTH_THREADS = 256
+
+Predict = Callable[[Tensor], Tensor]
+OnStep = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as a level needs it: its directory and, for integer levels, the enclave's checked part of it."""
+
+    directory: Path
+    architecture: LlamaConfig
+    tokenizer: Tokenizer | None
+    packed: PackedEnclave | None
+
+
+def open_model(name: str, level: str, on_step: OnStep = lambda _name, _done: None) -> Model:
+    """Find a model and read what is needed before anything is loaded.
+
+    Args:
+        name: ``smollm2``, a Hugging Face directory, a .gguf file or a packed model.
+        level: the level it is for; `verified` and `masked` pack a plain model into the cache.
+        on_step: told the fraction done of a named step.
+
+    Raises:
+        SetupError: the model is missing, damaged, or of the wrong kind for the level.
+    """
+    if level in EXACT_LEVELS or (level == "local" and is_packed_model(name)):
+        directory = locate_packed(name, lambda done: on_step("packing the model", done))
+        packed = open_enclave(directory)
+        tokenizer = Tokenizer(packed.tokenizer_json) if packed.tokenizer_json else None
+        return Model(directory, packed.config, tokenizer, packed)
+    directory = locate(name, lambda done: on_step("converting the model", done))
+    return Model(directory, read_config(directory), find_tokenizer(directory), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Runnable:
+    """A model ready to predict: ids (B, T) to last-position logits (B, V), and what it costs.
+
+    ``predict_all`` gives logits at every position, (B, T, V); the monolithic baseline has none. ``prepare`` waits until
+    the mask pool is full, where there is one, and is told where to report progress.
+    """
+
+    predict: Predict
+    meter: Meter
+    predict_all: Predict | None = None
+    prepare: Callable[[Callable[[float], None]], None] = lambda _on_progress: None
+
+
+@contextmanager
+def runnable(
+    level: str,
+    model: Model,
+    config: EnclaveConfig,
+    *,
+    offload_attention: bool = False,
+    wrap: Callable[[str], Wrap] | None = None,
+    on_step: OnStep = lambda _name, _done: None,
+    on_notice: Callable[[str], None] = lambda _text: None,
+) -> Iterator[Runnable]:
+    """Load a model at a level for the time of a ``with`` block.
+
+    Args:
+        level: one of ``config.LEVELS``.
+        model: from ``open_model`` for this level.
+        config: dtype, timeouts, peers, masks; ``worker`` is set where the level needs one.
+        offload_attention: also send attention's products to the worker; `open` only.
+        wrap: given a peer's name (``worker``, ``dealer 1``), returns what to wrap its transport in; for the audit.
+        on_step: told the fraction done of a named step.
+        on_notice: told in a sentence what the user should know.
+
+    Raises:
+        TsqpError: as loading or connecting does.
+    """
+    wrap_worker = wrap("worker") if wrap else None
+    if level == "monolithic":
+        from tsqp.bench.monolithic import Monolithic  # noqa: PLC0415  transformers is needed by this level only
+
+        yield Runnable(Monolithic(model.directory, codec.TORCH_DTYPES[config.dtype]), Meter())
+    elif level == "local":
+        yield _local(model, config, on_step)
+    else:
+        worker = _worker_peer(config, level, wrap_worker)
+        if level == "open":
+            with _open(model, config, worker, on_step, offload_attention=offload_attention) as loaded:
+                yield loaded
+        else:
+            dealers = _dealers(config, level, wrap)
+            with _checked(model, config, worker, dealers, on_step, on_notice) as loaded:
+                yield loaded
+
+
+def _worker_peer(config: EnclaveConfig, level: str, wrap: Wrap | None) -> Peer:
+    if config.worker is None:
+        raise InputError(f"the level {level!r} needs a worker's address.")
+    return Peer(
+        address=config.worker, key=load_public(config.worker_key) if config.worker_key is not None else None, wrap=wrap
+    )
+
+
+def _dealers(config: EnclaveConfig, level: str, wrap: Callable[[str], Wrap] | None) -> tuple[Peer, ...] | None:
+    """Return the dealers of a `masked` run, none for the enclave's own masks; None where nothing is masked."""
+    if level != "masked":
+        return None
+    if config.masks == "enclave" and config.dealers:
+        raise ConfigError("masks by the enclave and dealers exclude each other: leave out --masks enclave or --dealer.")
+    if config.masks == "dealers" and not config.dealers:
+        raise ConfigError("--masks dealers needs at least one --dealer.")
+    peers = dealer_peers(config, load_public)
+    if wrap is None:
+        return peers
+    return tuple(replace(peer, wrap=wrap(f"dealer {number}")) for number, peer in enumerate(peers, 1))
+
+
+def _local(model: Model, config: EnclaveConfig, on_step: OnStep) -> Runnable:
+    """Compute everything here: in floats, or over a packed model in exact integers."""
+    meter = Meter()
+    if model.packed is not None:
+        source = DirectoryCodes(Path(config.codes) if config.codes else model.directory)
+        checks = read_codes(
+            model.packed.manifest, source, keep=True, on_progress=lambda done: on_step("reading the codes", done)
+        )
+        products = LocalProducts(checks.codes, torch.get_num_threads())
+        return _beside_a_worker(_our_own(Llama(model.architecture, ExactOps(model.packed, products, meter)), meter))
+    checkpoint = Checkpoint(model.directory)
+    checkpoint.require(weight_shapes(model.architecture))
+    linears = Linears(
+        model.architecture,
+        checkpoint,
+        codec.TORCH_DTYPES[config.dtype],
+        torch.device("cpu"),
+        lambda done: on_step("loading the weights", done),
+    )
+    return _our_own(Llama(model.architecture, LocalOps(linears, read_state(linears, checkpoint))), meter)
+
+
+@contextmanager
+def _open(
+    model: Model, config: EnclaveConfig, worker: Peer, on_step: OnStep, *, offload_attention: bool
+) -> Iterator[Runnable]:
+    checkpoint = Checkpoint(model.directory)
+    checkpoint.require(weight_shapes(model.architecture))
+    digest = model_digest(model.architecture, checkpoint, lambda done: on_step("hashing the weights", done))
+    with connect(worker, config, model.architecture, digest) as link:
+        llama = Llama(model.architecture, link.ops, offload_attention=offload_attention)
+        yield _beside_a_worker(_our_own(llama, link.session.meter))
+
+
+@contextmanager
+def _checked(
+    model: Model,
+    config: EnclaveConfig,
+    worker: Peer,
+    dealers: tuple[Peer, ...] | None,
+    on_step: OnStep,
+    on_notice: Callable[[str], None],
+) -> Iterator[Runnable]:
+    """Run `verified` (``dealers`` None) or `masked`."""
+    if model.packed is None:
+        raise InputError("the integer levels need a packed model.")
+    packed, meter, groups = model.packed, Meter(), linear_groups(model.architecture)
+    threads, by_enclave = torch.get_num_threads(), dealers == ()
+    if dealers is not None:
+        check_pool_fits(groups, config.mask_pool or 0, config.mask_memory)
+    if dealers:
+        check_dealers(worker, dealers, on_notice)
+    with ExitStack() as stack:
+        expected = Expected(serves="exact", digest=packed.manifest.codes_digest, dtype="int8", groups=groups)
+        instances: dict[str, str] = {}
+
+        def open_session() -> Session:
+            session, welcome = meet(worker, config, expected, meter)
+            instances[welcome.instance] = "the worker"
+            return session
+
+        exact = ExactWorker(open_session, {group.name: group for group in groups}, config.retries)
+        stack.callback(exact.close)
+        codes: CodesSource = DirectoryCodes(Path(config.codes)) if config.codes else StreamedCodes(exact.session)
+        checks = read_codes(
+            packed.manifest, codes, keep=by_enclave, on_progress=lambda done: on_step("reading the codes", done)
+        )
+        pool, refill = None, None
+        if dealers is not None:
+            source: MaskSource = EnclaveMasks(groups, checks.codes, threads)
+            if dealers:
+                met = met_dealers(dealers, config, model.architecture, packed.manifest.codes_digest, instances)
+                source = stack.enter_context(met)
+            pool = MaskPool(groups, source, MaskLedger(), config.mask_pool or 0, config.mask_memory, meter)
+            refill = IdleRefill(pool, threads, meter)
+            stack.callback(refill.close)
+        products = CheckedProducts(exact, checks.checkers, pool, meter)
+        loaded = _our_own(Llama(model.architecture, ExactOps(packed, products, meter)), meter)
+        yield _beside_a_worker(_with_refill(loaded, refill) if refill else loaded)
+
+
+def _our_own(model: Llama, meter: Meter) -> Runnable:
+    return Runnable(model.prefill, meter, lambda ids_BT: model.prefill(ids_BT, all_logits=True))
+
+
+def _around(model: Runnable, context: Callable[[Tensor], AbstractContextManager[None]]) -> Runnable:
+    """Run every prediction within a context made for its ids."""
+
+    def within(predict: Predict) -> Predict:
+        def run(ids_BT: Tensor) -> Tensor:
+            with context(ids_BT):
+                return predict(ids_BT)
+
+        return run
+
+    predict_all = within(model.predict_all) if model.predict_all else None
+    return replace(model, predict=within(model.predict), predict_all=predict_all)
+
+
+def _with_refill(model: Runnable, refill: IdleRefill) -> Runnable:
+    """Fill the pool between predictions and not during them."""
+    return replace(_around(model, lambda _ids: refill.paused()), prepare=refill.wait_until_full)
+
+
+def _beside_a_worker(model: Runnable) -> Runnable:
+    """Use one thread where the enclave's share of a prefill is too small to wake others for.
+
+    `local` over a packed model does so too, but for its products: attention's last bits depend on the number of
+    threads, and the integer levels give the same bits.
+    """
+    return _around(model, lambda ids_BT: using_threads(1) if ids_BT.numel() < _TOKENS_WORTH_THREADS else nullcontext())
+
+
+def with_all_logits(model: Runnable) -> Runnable:
+    """Return a model that computes the head at every position and hands out the last one's logits.
+
+    Raises:
+        InputError: the baseline, which has no such way.
+    """
+    predict_all = model.predict_all
+    if predict_all is None:
+        raise InputError("the monolithic baseline computes the head at the last position only.")
+    return replace(model, predict=lambda ids_BT: predict_all(ids_BT)[:, -1])

@@ -1,0 +1,73 @@
+"""What must not have happened after a lie, and what an error must say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hostile import PROMPT, Rig
+
+from tsqp.errors import HostileError, IntegrityError
+from tsqp.model import exact, llama
+from tsqp.wire import messages
+
+
+def watch_use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note each call of what turns products into activations, attention included."""
+    calls: list[str] = []
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        return call
+
+    for module, name in ((exact, "dequantize"), (llama, "causal_attention"), (llama, "swiglu")):
+        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    return calls
+
+
+def uses_before(rig: Rig, target: str) -> list[str]:
+    """List the calls that ``watch_use`` notes before the product of a group is there."""
+    after = {"qkv": ["causal_attention"], "gate_up": ["swiglu"]}
+    calls: list[str] = []
+    for group in rig.material.groups:
+        if group.name == target:
+            return calls
+        calls += ["dequantize", *after.get(group.name.rpartition(".")[2], [])]
+    raise AssertionError(target)
+
+
+def assert_nothing_followed(rig: Rig, target: str, used: list[str]) -> None:
+    """Fail if anything of a wrong product of ``target`` was used, or anything was sent to anybody after it."""
+    names = [group.name for group in rig.material.groups]
+    before = names[: names.index(target)]
+    assert [group for group, _ in rig.outputs] == before
+    assert used == uses_before(rig, target)
+    last = rig.journal[-1]
+    assert isinstance(last.header, messages.LinearExact)
+    assert (last.peer, last.group) == (rig.worker.address, target)
+
+
+def assert_names(error: BaseException, group: str, contributors: tuple[str, ...]) -> None:
+    """Fail unless a message names a linear group and everyone who contributed."""
+    text = str(error)
+    assert group in text
+    for contributor in contributors:
+        assert contributor in text
+
+
+def assert_out_of_use(rig: Rig, error: BaseException) -> None:
+    """Fail unless everything is refused from now on, with the first error's text, without a word to anybody."""
+    sent = len(rig.journal)
+    for group, xq_MK in rig.inputs[:1] + rig.inputs[-1:]:
+        with pytest.raises(IntegrityError, match="out of use") as refused:
+            rig.products(group, xq_MK)
+        assert str(error) in str(refused.value)
+    with pytest.raises(HostileError):
+        rig.prefill(PROMPT)
+    assert len(rig.journal) == sent
+    if rig.pool is not None:
+        assert rig.pool.held == 0
