@@ -12,6 +12,10 @@ class TsqpError(Exception):
     exit_code = 1
 
 
+class AuditError(TsqpError):
+    """The audit found something else than it must: an attack that succeeds where it must fail, or the reverse."""
+
+
 class SetupError(TsqpError):
     """Something on this machine must be put right before trying again."""
 

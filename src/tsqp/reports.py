@@ -175,6 +175,41 @@ class BenchReport(Struct, frozen=True, kw_only=True):
     ratios: list[Ratio]
 
 
+class AuditFinding(Struct, frozen=True, kw_only=True):
+    """One attack or test of ``tsqp audit``.
+
+    ``value`` is what ``measures`` names: a fraction of the prompt's tokens or distinct tokens, a count, or a p-value,
+    which ``p_value`` then repeats. ``ok`` says whether it is as ``expected``: recovery where nothing protects, chance
+    where something does; null where nothing is expected.
+    """
+
+    subject: str
+    attack: str
+    measures: str
+    value: float
+    p_value: float | None
+    expected: str
+    ok: bool | None
+    note: str
+
+
+class AuditReport(Struct, frozen=True, kw_only=True):
+    """``tsqp audit``. ``ok`` is false when a finding is not as expected; the exit code is then 1.
+
+    ``simulated`` names what was computed from another recording instead of recorded at the wire.
+    """
+
+    model: str
+    tokens: int
+    distinct_tokens: int
+    vocabulary: int
+    levels: list[str]
+    schemes: list[str]
+    simulated: list[str]
+    ok: bool
+    findings: list[AuditFinding]
+
+
 class ErrorDetail(Struct, frozen=True, kw_only=True):
     """What went wrong: the error's type, its sentence, and the exit code."""
 
@@ -189,7 +224,7 @@ class ErrorReport(Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
-REPORTS = (WorkerReady, KeysReport, PrefillReport, PackReport, DoctorReport, BenchReport, ErrorReport)
+REPORTS = (WorkerReady, KeysReport, PrefillReport, PackReport, DoctorReport, BenchReport, AuditReport, ErrorReport)
 
 
 def dumps(report: Struct) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from tsqp.cli.audit import audit
 from tsqp.cli.bench import bench
 from tsqp.cli.dealer import dealer
 from tsqp.cli.doctor import doctor
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (worker, dealer, prefill, pack, bench, doctor):
+for command in (worker, dealer, prefill, pack, audit, bench, doctor):
     app.command()(command)
 app.add_typer(keys)
 

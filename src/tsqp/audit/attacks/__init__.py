@@ -1,0 +1,1 @@
+"""The attacks, one file each: pure functions of what an observer saw and of what is public."""
