@@ -9,6 +9,7 @@ before it hands it out, on inputs chosen to break it; one that errs is never use
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsqp.errors import ExactnessError
+from tsqp.threads import using_threads
 
 # float64 holds every integer up to 2^53. |x| <= 2^31 and |w| < 2^7, so K products sum to less than K 2^38.
 FLOAT64_MAX_K = 1 << 15
@@ -29,6 +31,8 @@ _OFFSET = 0x80808080 - (1 << 32)
 # torch._int_mm on CUDA takes more than 16 rows, and multiples of 8 inputs and outputs.
 _CUDA_MIN_ROWS = 17
 _CUDA_MULTIPLE = 8
+# Element-wise operations on fewer elements than this run in one thread (docs/performance.md).
+_WORTH_THREADS = 1 << 21
 # How many codes are widened to float64 at a time: 32 MB.
 _WIDENED = 1 << 22
 
@@ -86,11 +90,19 @@ class LimbKernel:
         return torch.zeros(len(x_MK), len(w_NK), dtype=torch.int32, device=x_MK.device) if y_MN is None else y_MN
 
     def _block(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
-        y_IMN = _int_mm(limbs(x_MK), w_NK).unflatten(0, (_LIMBS, -1))
-        y_MN: Tensor = y_IMN[3] << 8
-        for limb in (2, 1):
-            y_MN.add_(y_IMN[limb]).bitwise_left_shift_(8)
-        return y_MN.add_(y_IMN[0])
+        with _few_threads(x_MK):
+            limbs_LK = limbs(x_MK)
+        y_IMN = _int_mm(limbs_LK, w_NK).unflatten(0, (_LIMBS, -1))
+        with _few_threads(y_IMN[0]):
+            y_MN = torch.add(y_IMN[2], y_IMN[3], alpha=256)
+            for limb in (1, 0):
+                y_MN = torch.add(y_IMN[limb], y_MN, alpha=256, out=y_MN)
+        return y_MN
+
+
+def _few_threads(x_MK: Tensor) -> AbstractContextManager[None]:
+    """Work on few elements in one thread: waking others for each operation takes longer than the operation."""
+    return using_threads(1) if not x_MK.is_cuda and x_MK.numel() < _WORTH_THREADS else nullcontext()
 
 
 def _int_mm(a_MK: Tensor, b_NK: Tensor) -> Tensor:
