@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -97,7 +98,7 @@ def runnable(
     offload_attention: bool = False,
     wrap: Callable[[str], Wrap] | None = None,
     on_step: OnStep = lambda _name, _done: None,
-    on_notice: Callable[[str], None] = lambda _text: None,
+    on_notice: Callable[[str], None] = warnings.warn,
 ) -> Iterator[Runnable]:
     """Load a model at a level for the time of a ``with`` block.
 
@@ -108,11 +109,12 @@ def runnable(
         offload_attention: also send attention's products to the worker; `open` only.
         wrap: given a peer's name (``worker``, ``dealer 1``), returns what to wrap its transport in; for the audit.
         on_step: told the fraction done of a named step.
-        on_notice: told in a sentence what the user should know.
+        on_notice: told in a sentence what the user should know; by default a warning.
 
     Raises:
         TsqpError: as loading or connecting does.
     """
+    check_options(level, config, offload_attention=offload_attention)
     wrap_worker = wrap("worker") if wrap else None
     if level == "monolithic":
         from tsqp.bench.monolithic import Monolithic  # noqa: PLC0415  transformers is needed by this level only
@@ -129,6 +131,29 @@ def runnable(
             dealers = _dealers(config, level, wrap)
             with _checked(model, config, worker, dealers, on_step, on_notice) as loaded:
                 yield loaded
+
+
+def check_options(level: str, config: EnclaveConfig, *, offload_attention: bool) -> None:
+    """Refuse settings that a level would ignore: who asks for masks must not get a weaker level without being told.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    of_masked = {
+        "--masks": config.masks,
+        "--dealer": config.dealers,
+        "--dealer-key": config.dealer_keys,
+        "--mask-pool": config.mask_pool,
+    }
+    asked = next((name for name, value in of_masked.items() if value), None)
+    if asked and level != "masked":
+        raise ConfigError(
+            f"{asked} is for the level masked, this run is at {level}: add --level masked or leave it out."
+        )
+    if config.codes and level not in (*EXACT_LEVELS, "local"):
+        raise ConfigError(f"--codes is for the levels verified, masked and local, this run is at {level}.")
+    if offload_attention and level != "open":
+        raise ConfigError(f"--offload-attention is for the level open, this run is at {level}.")
 
 
 def _worker_peer(config: EnclaveConfig, level: str, wrap: Wrap | None) -> Peer:

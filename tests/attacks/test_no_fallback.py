@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+import zmq
 from hostile import (
     DEALER_ADDRESSES,
     MASKED,
@@ -74,6 +75,7 @@ class Level:
         config = EnclaveConfig(
             worker=WORKER_ADDRESS,
             dealers=tuple(helper.address for helper in self.helpers),
+            dealer_keys=tuple(zmq.curve_keypair()[0].decode() for _ in self.helpers),
             connect_timeout_s=1.0,
             request_timeout_s=1.0,
         )

@@ -87,7 +87,7 @@ class Hosts:
             worker=self.worker.address,
             dealers=tuple(helper.address for helper in self.helpers),
             dealer_keys=self.keys,
-            mask_pool=4,
+            mask_pool=None if self.dealers is None else 4,
             **{"request_timeout_s": 30.0, **options},  # type: ignore[arg-type]
         )
         with runnable("verified" if self.dealers is None else "masked", model, config) as loaded:

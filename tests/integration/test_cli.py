@@ -97,7 +97,10 @@ def test_human_output_of_masked_says_what_protection_cost(tiny_llama: Path) -> N
     ("arguments", "message"),
     [
         (("--mask-pool", "pool.bin"), "lives in memory only"),
-        (("--mask-pool", "-1"), "expected a number of rows"),
+        (("--mask-pool", "-1"), "expected a number of rows, 0 or more"),
+        (("--level", "open", "--masks", "enclave"), "add --level masked or leave it out"),
+        (("--level", "open", "--dealer", "127.0.0.1:1"), "add --level masked or leave it out"),
+        (("--offload-attention",), "--offload-attention is for the level open"),
         (("--mask-pool", "100000", "--mask-memory", "1000000"), "Lower --mask-pool or raise --mask-memory"),
         (("--masks", "dealers"), "needs at least one --dealer"),
         (("--masks", "moon"), "unknown masks 'moon'"),

@@ -19,7 +19,10 @@ from tsqp.model.llama import Llama
 from tsqp.model.weights import Checkpoint
 from tsqp.wire import codec
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+    pytest.mark.filterwarnings("ignore:dealer .* has no key"),
+]
 
 CUDA = torch.device("cuda:0")
 

@@ -23,10 +23,13 @@ from tsqp.errors import (
     TransportTimeoutError,
     WeightsError,
 )
-from tsqp.levels import open_model, runnable
+from tsqp.levels import check_options, open_model, runnable
 from tsqp.model.locate import BUNDLED, locate_packed
 from tsqp.model.manifest import read_manifest
 from tsqp.transport import keys
+
+# Seeds travel in clear between processes of one test.
+pytestmark = pytest.mark.filterwarnings("ignore:dealer .* has no key")
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -119,8 +122,9 @@ def test_codes_come_from_a_directory_or_from_the_worker(packed: Path, url: str) 
     assert torch.equal(logits(str(packed / "enclave"), "verified", ids_BT, worker=url), streamed)
 
 
-def test_codes_of_another_model_are_refused(packed: Path, url: str, tmp_path: Path) -> None:
-    other = packed_tiny(tiny_checkpoint(tmp_path / "other", seed=9), tmp_path / "other-packed")
+@pytest.mark.parametrize("options", [{"seed": 9}, {"hidden_size": 96}, {"num_key_value_heads": 6}], ids=str)
+def test_codes_of_another_model_are_refused(packed: Path, url: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    other = packed_tiny(tiny_checkpoint(tmp_path / "other", **options), tmp_path / "other-packed")
     with pytest.raises(IntegrityError, match=r"the codes of layers\.0\.qkv from .* are not the model's"):
         logits(str(packed), "verified", random_ids(1, 5), worker=url, codes=str(other))
 
@@ -184,6 +188,25 @@ def test_a_plain_model_is_packed_into_the_cache_once(tiny_llama: Path, cache: Pa
 def test_masks_that_cannot_be_are_refused(packed: Path, url: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         logits(str(packed), "masked", random_ids(1, 3), worker=url, **settings)
+
+
+@pytest.mark.parametrize("level", ["open", "local", "verified", "monolithic"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"masks": "enclave"}, {"dealers": ("127.0.0.1:1",)}, {"dealer_keys": ("k",)}, {"mask_pool": 5}],
+    ids=str,
+)
+def test_asking_for_masks_at_another_level_is_refused(level: str, settings: dict[str, Any]) -> None:
+    """A weaker level must not be what one gets for forgetting --level."""
+    with pytest.raises(ConfigError, match=f"is for the level masked, this run is at {level}"):
+        check_options(level, EnclaveConfig(**settings), offload_attention=False)
+
+
+def test_other_options_that_would_be_ignored_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--codes is for the levels verified, masked and local"):
+        check_options("open", EnclaveConfig(codes="x"), offload_attention=False)
+    with pytest.raises(ConfigError, match="--offload-attention is for the level open"):
+        check_options("masked", EnclaveConfig(), offload_attention=True)
 
 
 @pytest.mark.parametrize("level", ["local", "verified", "masked"])

@@ -13,8 +13,8 @@ from torch import Tensor
 from tsqp.errors import MaskReuseError
 
 KEY_BYTES = 32
-# Row numbers and group numbers lie below these.
-MAX_ROWS = 1 << 64
+# Row numbers and group numbers lie below these. A dealer is told row numbers in fields of 62 bits.
+MAX_ROWS = 1 << 62
 MAX_GROUPS = 1 << 32
 _BLOCK_BYTES = 16
 _WORD_BYTES = 4

@@ -97,7 +97,9 @@ class Capture:
         self.on_step(step, 0.0)
         recorder = Recorder(groups)
         ids_BT = torch.tensor([self.ids])
-        with runnable(level, model, config, offload_attention=offload, wrap=recorder.wrap) as loaded:
+        with runnable(
+            level, model, config, offload_attention=offload, wrap=recorder.wrap, on_notice=_no_notice
+        ) as loaded:
             _predict(loaded, ids_BT, prompts)
         self.on_step(step, 1.0)
         return recorder
@@ -112,6 +114,10 @@ class Capture:
         with local_worker(arguments, scheme, command=command) as url:
             self.on_step(name, 1.0)
             yield url
+
+
+def _no_notice(_sentence: str) -> None:
+    """Peers are processes of this command, started for what they receive to be recorded: keys would protect nothing."""
 
 
 def _predict(model: Runnable, ids_BT: torch.Tensor, prompts: int) -> None:

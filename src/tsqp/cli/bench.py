@@ -64,5 +64,19 @@ def _show(report: BenchReport) -> None:
         verdict = "" if ratio.ok is None else "holds" if ratio.ok else "[red]missed[/]"
         compared.add_row(ratio.name, f"{ratio.value:.2f}", ratio.limit, verdict)
     console.print(compared)
+    console.print(_what_a_gpu_changes(report))
     machine = report.hardware
     console.print(f"{machine.cpu}, {machine.cores} cores, {machine.memory_gb:g} GB; torch {machine.torch}")
+
+
+def _what_a_gpu_changes(report: BenchReport) -> str:
+    by_name = {variant.name: variant for variant in report.variants}
+    masked, local = by_name["masked"], by_name["local"]
+    stays_s = masked.enclave_s + masked.wire_s
+    return (
+        f"masked takes {masked.median_s / local.median_s:.1f} times as long as local here, where the worker has no GPU "
+        f"and shares the enclave's cores. A GPU takes away most of the worker's {masked.worker_s * 1e3:.0f} ms; the "
+        f"enclave's and the wire's {stays_s * 1e3:.0f} ms stay ({stays_s / local.median_s:.1f} times local). They grow "
+        "with inputs plus outputs of the layers, local's time with their product, so the larger the model the more a "
+        "GPU gains: docs/performance.md has the model."
+    )

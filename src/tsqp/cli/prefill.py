@@ -117,6 +117,8 @@ def prefill(
 def _pool_rows(text: str | None) -> int | None:
     if text is None or text.isdecimal():
         return None if text is None else int(text)
+    if text.removeprefix("-").isdecimal():
+        raise ConfigError(f"--mask-pool {text}: expected a number of rows, 0 or more.")
     raise ConfigError(
         f"--mask-pool {text}: expected a number of rows. The pool is key material: it lives in memory only and cannot "
         "be kept in a file."
@@ -150,7 +152,9 @@ def _run(
     import torch
 
     from tsqp import prefill as runs
-    from tsqp.levels import open_model, runnable
+    from tsqp.enclave.mask_pool import largest_pool
+    from tsqp.levels import check_options, open_model, runnable
+    from tsqp.model.architecture import linear_groups
     from tsqp.transport.urls import parse
 
     threads = set_threads(config.threads)
@@ -159,8 +163,10 @@ def _run(
         model = open_model(config.model, config.level, step)
         ids = runs.prompt_ids(model.architecture, model.tokenizer, text, tokens)
         ids_BT = torch.tensor([ids] * batch)
-        if config.mask_pool is None:
-            config = replace(config, mask_pool=ids_BT.numel())
+        check_options(config.level, config, offload_attention=offload_attention)
+        if config.level == "masked" and config.mask_pool is None:
+            fitting = largest_pool(linear_groups(model.architecture), config.mask_memory)
+            config = replace(config, mask_pool=min(ids_BT.numel(), fitting))
         readable = config.level in ("open", "verified") and not config.worker_key
         if readable and config.worker and not parse(config.worker).stays_on_this_machine:
             notes.print(f"{escape(config.worker)} is not on this machine: activations travel to it unencrypted.")

@@ -113,18 +113,26 @@ def read_codes(
         codes_NK = torch.empty(group.rows, group.in_features, dtype=torch.int8) if keep else None
         digest, first = hashlib.sha256(), 0
         for codes_RK in source.rows(group):
+            if codes_RK.dtype != torch.int8 or codes_RK.shape[1:] != (group.in_features,):
+                raise _other_codes(group, source, f"shape {list(codes_RK.shape)}")
+            if first + len(codes_RK) > group.rows:
+                raise _other_codes(group, source, f"at least {first + len(codes_RK)} rows")
             digest.update(codec.frame_of(codes_RK))
             checker.absorb(codes_RK)
             if codes_NK is not None:
                 codes_NK[first : first + len(codes_RK)] = codes_RK
             first += len(codes_RK)
         if digest.hexdigest() != group.sha256:
-            raise IntegrityError(
-                f"the codes of {group.name} from {source.name} are not the model's: expected sha256 {group.sha256}, "
-                f"got {digest.hexdigest()}."
-            )
+            raise _other_codes(group, source, f"sha256 {digest.hexdigest()}")
         checks.checkers[group.name] = checker
         if codes_NK is not None:
             checks.codes[group.name] = codes_NK
         on_progress((done + 1) / len(manifest.groups))
     return checks
+
+
+def _other_codes(group: PackedGroup, source: CodesSource, found: str) -> IntegrityError:
+    return IntegrityError(
+        f"the codes of {group.name} from {source.name} are not the model's: expected {group.rows} rows of "
+        f"{group.in_features} with sha256 {group.sha256}, got {found}."
+    )

@@ -35,6 +35,8 @@ def check_dealers(worker: Peer, dealers: tuple[Peer, ...], notice: Callable[[str
         _claim(addresses, endpoint.url, dealer.address, "address")
         if dealer.key is not None:
             _claim(keys, dealer.key.decode(), dealer.address, "key")
+        elif not endpoint.stays_on_this_machine:
+            raise ConfigError(f"dealer {dealer.address} is not on this machine and has no key: give --dealer-key.")
         elif name := tee_name():
             raise ConfigError(
                 f"dealer {dealer.address} has no key: inside {name} seeds travel encrypted only. Give --dealer-key."

@@ -54,6 +54,14 @@ def _step_rows(group: LinearGroup) -> int:
     return max(1, min(_STEP_ROWS, _STEP_BYTES // (group.rows * _WORD_BYTES)))
 
 
+def largest_pool(groups: Sequence[LinearGroup], limit_bytes: int) -> int:
+    """Return for how many tokens a pool fits into ``limit_bytes``."""
+    rows = limit_bytes // max(1, sum(group.rows * _WORD_BYTES for group in groups if group.name != HEAD))
+    while rows and peak_bytes(groups, rows) > limit_bytes:
+        rows = max(0, rows - max(1, rows // 64))
+    return rows
+
+
 def check_pool_fits(groups: Sequence[LinearGroup], rows: int, limit_bytes: int) -> None:
     """Refuse a pool that is larger than the memory it may take.
 
@@ -62,10 +70,10 @@ def check_pool_fits(groups: Sequence[LinearGroup], rows: int, limit_bytes: int) 
     """
     needed = peak_bytes(groups, rows)
     if needed > limit_bytes:
-        fitting = rows * limit_bytes // needed
         raise ConfigError(
-            f"a mask pool of {rows} rows takes {needed / 1e6:.0f} MB with this model; --mask-memory allows "
-            f"{limit_bytes / 1e6:.0f} MB, which is about {fitting} rows. Lower --mask-pool or raise --mask-memory."
+            f"a mask pool of {rows} rows takes {needed / 1e6:.1f} MB with this model; --mask-memory allows "
+            f"{limit_bytes / 1e6:.1f} MB, which is about {largest_pool(groups, limit_bytes)} rows. "
+            "Lower --mask-pool or raise --mask-memory."
         )
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from tsqp.enclave.mask_pool import MaskPool
-from tsqp.errors import InternalError, TsqpError
+from tsqp.errors import InternalError, TransportError, TsqpError
 from tsqp.meter import Meter
 
 _POLL_S = 0.2
@@ -51,12 +51,14 @@ class IdleRefill:
         """Wait for a full pool.
 
         Raises:
-            TsqpError: a dealer failed; what the pool lacks will be asked for again when it is needed.
+            TsqpError: a dealer failed. After a failed link filling is tried again.
         """
         while True:
             with self._changed:
-                if self._failure:
-                    raise self._failure
+                if failure := self._failure:
+                    # A link may come back; a dealer that lied does not.
+                    self._failure = None if isinstance(failure, TransportError) else failure
+                    raise failure
                 if self._pool.is_full:
                     break
                 self._changed.notify_all()

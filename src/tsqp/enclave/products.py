@@ -9,7 +9,7 @@ from torch import Tensor
 from tsqp.enclave.freivalds import Checker
 from tsqp.enclave.mask_pool import MaskPool
 from tsqp.enclave.session import Session
-from tsqp.errors import HostileError, IntegrityError, TransportError
+from tsqp.errors import HostileError, IntegrityError, InternalError, TransportError
 from tsqp.meter import Meter
 from tsqp.model.architecture import LinearGroup
 from tsqp.wire import codec, messages
@@ -19,6 +19,8 @@ from tsqp.wire.messages import TensorSpec
 
 class ExactWorker:
     """A worker that multiplies modulo 2^32. Where the link fails it is opened anew and the same bytes are sent again.
+
+    After the last attempt has failed, the next product opens the link again.
 
     Args:
         open_session: connects, and checks that the peer is the right one.
@@ -34,6 +36,7 @@ class ExactWorker:
         self._groups = groups
         self._retries = retries
         self.session = open_session()
+        self._lost = False
 
     @property
     def peer(self) -> str:
@@ -51,13 +54,18 @@ class ExactWorker:
             TransportError: the link failed, and failed again.
             ProtocolError: the reply is malformed.
         """
-        for _ in range(self._retries):
+        for left in reversed(range(self._retries + 1)):
             try:
+                if self._lost:
+                    self.session, self._lost = self._open_session(), False
                 return self._multiply(group, x_MK)
             except TransportError:  # noqa: PERF203  one try for each attempt
-                self.session.close()
-                self.session = self._open_session()
-        return self._multiply(group, x_MK)
+                if not self._lost:
+                    self.session.close()
+                    self._lost = True
+                if not left:
+                    raise
+        raise InternalError(f"linear {group}: no attempt was made.")
 
     def _multiply(self, group: str, x_MK: Tensor) -> Claim:
         operation = f"linear {group}"

@@ -31,11 +31,11 @@ def as_bytes(rows: torch.Tensor) -> bytes:
 
 
 def test_a_row_is_the_keystream_of_the_standard() -> None:
-    """With 4 words a row is one block, so group and row spell the counter; its row number is beyond 2^64 there."""
+    """With 4 words a row is one block, so group and row spell the counter; the standard has a larger row number."""
     encryptor = Cipher(algorithms.AES(NIST_KEY), modes.CTR(NIST_COUNTER.to_bytes(16, "big"))).encryptor()
     assert encryptor.update(bytes(16)) == NIST_KEYSTREAM
-    row = keystream_rows(NIST_KEY, 0xF0F1F2F3, 0xF8F9FAFBFCFDFEFF, 1, 4)
-    counter = (0xF0F1F2F3 << 96 | 0xF8F9FAFBFCFDFEFF).to_bytes(16, "big")
+    row = keystream_rows(NIST_KEY, 0xF0F1F2F3, 0x38F9FAFBFCFDFEFF, 1, 4)
+    counter = (0xF0F1F2F3 << 96 | 0x38F9FAFBFCFDFEFF).to_bytes(16, "big")
     block = Cipher(algorithms.AES(NIST_KEY), modes.ECB()).encryptor().update(counter)  # noqa: S305  CTR by hand
     assert as_bytes(row) == block
 
@@ -60,7 +60,7 @@ def test_no_block_is_shared() -> None:
 
 @pytest.mark.parametrize(
     ("group", "first", "count", "inputs"),
-    [(-1, 0, 1, 4), (1 << 32, 0, 1, 4), (0, -1, 1, 4), (0, (1 << 64) - 1, 2, 4), (0, 0, 1, 1 << 34), (0, 5, -1, 4)],
+    [(-1, 0, 1, 4), (1 << 32, 0, 1, 4), (0, -1, 1, 4), (0, (1 << 62) - 1, 2, 4), (0, 0, 1, 1 << 34), (0, 5, -1, 4)],
 )
 def test_the_counter_never_wraps(group: int, first: int, count: int, inputs: int) -> None:
     with pytest.raises(MaskReuseError, match="beyond the counter's range"):

@@ -15,6 +15,9 @@ from tsqp.enclave.dealers import check_dealers, dealer_peers
 from tsqp.errors import ConfigError, ModelMismatchError
 from tsqp.levels import open_model, runnable
 
+# Seeds travel in clear between processes of one test.
+pytestmark = pytest.mark.filterwarnings("ignore:dealer .* has no key")
+
 KEYS = [zmq.curve_keypair()[0] for _ in range(3)]
 WORKER = Peer(address="gpu.example:50051", key=KEYS[0])
 
@@ -54,6 +57,7 @@ def test_a_link_in_clear_warns_outside_of_a_tee_and_is_refused_in_one(
 ) -> None:
     notices: list[str] = []
     clear = (Peer(address="127.0.0.1:2"),)
+    monkeypatch.setattr(tee, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(tee, "_GRAMINE_TYPE", tmp_path / "no")
     monkeypatch.setattr(tee, "_TDX_GUEST", tmp_path / "neither")
     check_dealers(WORKER, clear, notices.append)
@@ -63,6 +67,14 @@ def test_a_link_in_clear_warns_outside_of_a_tee_and_is_refused_in_one(
         with pytest.raises(ConfigError, match=f"inside {name} seeds travel encrypted only"):
             check_dealers(WORKER, clear, refuse)
         monkeypatch.setattr(tee, path, tmp_path / "no")
+    (tmp_path / "cpuinfo").write_text("processor : 0\nflags : fpu tdx_guest sse\n")
+    with pytest.raises(ConfigError, match="inside TDX seeds travel encrypted only"):
+        check_dealers(WORKER, clear, refuse)
+
+
+def test_a_dealer_elsewhere_needs_a_key_even_while_developing() -> None:
+    with pytest.raises(ConfigError, match="is not on this machine and has no key: give --dealer-key"):
+        check_dealers(WORKER, (Peer(address="dealer.example:2"),), refuse)
 
 
 def test_there_is_a_key_for_every_dealer_or_for_none() -> None:

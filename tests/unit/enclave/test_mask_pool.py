@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tsqp.arith import ring
-from tsqp.enclave.mask_pool import MaskPool, check_pool_fits, peak_bytes, pool_bytes, pool_rows
+from tsqp.enclave.mask_pool import MaskPool, check_pool_fits, largest_pool, peak_bytes, pool_bytes, pool_rows
 from tsqp.enclave.mask_refill import IdleRefill
 from tsqp.enclave.mask_sources import EnclaveMasks, SummedMasks
 from tsqp.enclave.masks import Mask, MaskLedger
@@ -150,10 +150,10 @@ def test_the_memory_a_pool_takes_is_bounded() -> None:
     held = sum(part.u_MN.nbytes for parts in pool._ready.values() for part in parts)
     assert held == pool_bytes(GROUPS, rows) == 4 * (100 * 20 + 100 * 12 + 7 * 33)
     with pytest.raises(
-        ConfigError, match=r"a mask pool of 100 rows takes 0 MB.*Lower --mask-pool or raise --mask-memory"
+        ConfigError, match=r"a mask pool of 100 rows takes 0.0 MB.*Lower --mask-pool or raise --mask-memory"
     ):
         make(rows, limit=needed - 1)
-    with pytest.raises(ConfigError, match="about 50 rows"):
+    with pytest.raises(ConfigError, match=r"about [45][0-9] rows"):
         check_pool_fits(GROUPS, rows, peak_bytes(GROUPS, rows) // 2 + 8)
 
 
@@ -267,6 +267,25 @@ def test_nothing_is_filled_while_a_request_runs() -> None:
         assert len(source.started) == before
     refill.close()
     assert not refill._thread.is_alive()
+
+
+def test_filling_goes_on_after_a_link_has_failed() -> None:
+    pool, source, meter = make(64)
+    source.error = TransportClosedError("the dealer is gone")
+    refill = IdleRefill(pool, 1, meter)
+    with pytest.raises(TransportClosedError):
+        refill.wait_until_full()
+    source.error = None
+    refill.wait_until_full()
+    assert pool.is_full
+    refill.close()
+
+
+def test_the_largest_pool_fits_and_one_much_larger_does_not() -> None:
+    for limit in (0, 1000, 100_000, 12_345_678):
+        rows = largest_pool(GROUPS, limit)
+        assert peak_bytes(GROUPS, rows) <= limit
+        assert peak_bytes(GROUPS, rows + rows // 16 + 2) > limit
 
 
 @pytest.mark.parametrize(
