@@ -36,6 +36,7 @@ class Order(Struct, frozen=True, kw_only=True):
     worker: str
     all_logits: bool = False
     mask_pool: int = 0
+    mask_memory: int = 1 << 30
     dealers: tuple[str, ...] = ()
     dealer_keys: tuple[str, ...] = ()
 
@@ -56,6 +57,10 @@ class Sample(Struct, frozen=True, kw_only=True):
 Run = Callable[[torch.Tensor], Sample]
 
 
+def _tell(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
+
+
 @contextmanager
 def _own(order: Order) -> Iterator[Run]:
     """Run one of our levels, or the monolithic baseline."""
@@ -63,10 +68,12 @@ def _own(order: Order) -> Iterator[Run]:
         dtype=order.dtype,
         worker=order.worker,
         mask_pool=order.mask_pool,
+        mask_memory=order.mask_memory,
         dealers=order.dealers,
         dealer_keys=order.dealer_keys,
     )
-    with runnable(order.level, open_model(order.model, order.level), config) as loaded:
+    opened = open_model(order.model, order.level)
+    with runnable(order.level, opened, config, on_notice=_tell) as loaded:
         model = with_all_logits(loaded) if order.all_logits else loaded
 
         def run(ids_BT: torch.Tensor) -> Sample:

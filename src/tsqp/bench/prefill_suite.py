@@ -24,6 +24,7 @@ import msgspec
 from tsqp.bench import hardware
 from tsqp.bench.child import Order, Sample
 from tsqp.bench.plans import PLANS, Plan
+from tsqp.config import EnclaveConfig
 from tsqp.errors import InternalError
 from tsqp.launch import local_worker
 from tsqp.levels import open_model
@@ -89,16 +90,17 @@ class _Child:
 
 @dataclass(frozen=True, slots=True)
 class _Peers:
-    """The workers by link, the dealer and its public key."""
+    """The workers by link, the dealers and their public keys."""
 
     links: dict[str, str]
-    dealer: str
-    dealer_key: str
+    dealers: tuple[str, ...]
+    dealer_keys: tuple[str, ...]
 
 
 @contextmanager
-def _peers(directory: Path, packed: Path, dtype: str, threads: int) -> Iterator[_Peers]:
-    """Run a float worker, one of int8 codes, and a dealer."""
+def _peers(directory: Path, packed: Path, config: EnclaveConfig, threads: int) -> Iterator[_Peers]:
+    """Run a float worker, one of int8 codes, and a dealer unless there are dealers already."""
+    dtype = config.dtype
     shared = ["--threads", str(threads), "--device", "cpu"]
     floats = ["--model", str(directory), "--dtype", dtype, *shared]
     codes = ["--model", str(packed), *shared]
@@ -109,31 +111,33 @@ def _peers(directory: Path, packed: Path, dtype: str, threads: int) -> Iterator[
         environment = _without_waiting()
         shm = stack.enter_context(local_worker([*floats, "--listen", tcp, "--listen", ipc], environment=environment))
         exact = stack.enter_context(local_worker(codes, environment=environment))
-        dealer = stack.enter_context(
-            local_worker([*codes, "--key", str(secret)], "ipc", environment=environment, command="dealer")
-        )
-        yield _Peers({"shm": shm, "ipc": ipc, "tcp": tcp, "exact": exact}, dealer, str(public))
+        dealers, dealer_keys = config.dealers, config.dealer_keys
+        if not dealers and config.masks != "enclave":
+            own = local_worker([*codes, "--key", str(secret)], "ipc", environment=environment, command="dealer")
+            dealers, dealer_keys = (stack.enter_context(own),), (str(public),)
+        yield _Peers({"shm": shm, "ipc": ipc, "tcp": tcp, "exact": exact}, dealers, dealer_keys)
 
 
-def _order(plan: Plan, peers: _Peers, model: Path, ids: list[int], dtype: str, threads: int) -> Order:
+def _order(plan: Plan, peers: _Peers, model: Path, ids: list[int], config: EnclaveConfig, threads: int) -> Order:
+    pool = len(ids) if config.mask_pool is None else config.mask_pool
     return Order(
         level=plan.level,
         model=str(model),
         ids=ids,
-        dtype=dtype,
+        dtype=config.dtype,
         threads=threads,
         worker=peers.links[plan.link],
         all_logits=plan.all_logits,
-        mask_pool=len(ids) if plan.masks_ready else 0,
-        dealers=(peers.dealer,) if plan.dealer else (),
-        dealer_keys=(peers.dealer_key,) if plan.dealer else (),
+        mask_pool=pool if plan.masks_ready else 0,
+        mask_memory=config.mask_memory,
+        dealers=peers.dealers if plan.dealer else (),
+        dealer_keys=peers.dealer_keys if plan.dealer else (),
     )
 
 
 def run(
-    model: str,
+    config: EnclaveConfig,
     tokens: int,
-    dtype: str,
     threads: int,
     *,
     rounds: int,
@@ -142,9 +146,9 @@ def run(
     """Measure every variant.
 
     Args:
-        model: a plain model: its name, directory or .gguf file.
+        config: a plain model, the dtype of the levels in floats, and masks: ``enclave`` leaves out the variants with
+            dealers, ``dealers`` those without; given dealers take the place of one that is started here.
         tokens: prompt length.
-        dtype: of weights and activations, of the levels in floats.
         threads: per process.
         rounds: turns of each variant, each of one run to warm up and four that count.
         on_step: told the fraction done.
@@ -152,16 +156,22 @@ def run(
     Raises:
         TsqpError: the worker does not start, or a variant fails.
     """
+    model, dtype = config.model, config.dtype
+    plans = [
+        plan
+        for plan in PLANS
+        if config.masks is None or plan.level != "masked" or plan.dealer == (config.masks == "dealers")
+    ]
     opened = open_model(model, "open", on_step)
     packed = locate_packed(model, lambda done: on_step("packing the model", done))
     ids = prompt_ids(opened.architecture, opened.tokenizer, None, tokens)
     with ExitStack() as stack:
-        peers = stack.enter_context(_peers(opened.directory, packed, dtype, threads))
+        peers = stack.enter_context(_peers(opened.directory, packed, config, threads))
         children = [
             stack.enter_context(
-                _started(plan, _order(plan, peers, packed if plan.packed else opened.directory, ids, dtype, threads))
+                _started(plan, _order(plan, peers, packed if plan.packed else opened.directory, ids, config, threads))
             )
-            for plan in PLANS
+            for plan in plans
         ]
         _measure(children, rounds, on_step)
         variants = [_summary(child, tokens) for child in children]
@@ -169,7 +179,8 @@ def run(
     return BenchReport(
         date=dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         commit=hardware.commit(),
-        command=f"tsqp bench --model {model} --tokens {tokens} --dtype {dtype} --threads {threads} --rounds {rounds}",
+        command=f"tsqp bench --model {model} --tokens {tokens} --dtype {dtype} --threads {threads} --rounds {rounds}"
+        + (f" --masks {config.masks}" if config.masks else ""),
         hardware=hardware.describe(),
         model=model,
         tokens=tokens,
@@ -248,7 +259,7 @@ def ratios(variants: list[Variant]) -> list[Ratio]:
     legacy, with_matmul = by_name["legacy"], by_name["legacy-matmul"]
     share = open_.bytes_per_token
     every = by_name["open-all-logits"].bytes_per_token
-    masked = by_name["masked"]
+    masked = by_name.get("masked") or by_name["masked-dealer"]
     return [
         _ratio("open over shm / monolithic", open_.median_s / baseline_s),
         _ratio("open over ipc / monolithic", ipc.median_s / baseline_s, at_most=1.10),
@@ -256,7 +267,7 @@ def ratios(variants: list[Variant]) -> list[Ratio]:
         _ratio("open over shm / local", open_.median_s / by_name["local"].median_s),
         _ratio("local int8 / monolithic", by_name["local-int8"].median_s / baseline_s),
         _ratio("verified / monolithic", by_name["verified"].median_s / baseline_s),
-        _ratio("masked, pool filled / monolithic", masked.median_s / baseline_s, at_most=2.6),
+        _ratio(f"{masked.name}, pool filled / monolithic", masked.median_s / baseline_s, at_most=2.6),
         *(
             _ratio(f"{label} / monolithic", by_name[name].median_s / baseline_s)
             for name, label in (
@@ -264,9 +275,10 @@ def ratios(variants: list[Variant]) -> list[Ratio]:
                 ("masked-dealer", "masked, dealer, pool filled"),
                 ("masked-dealer-sustained", "masked, dealer, fetched within"),
             )
+            if name in by_name
         ),
-        _ratio("masked, pool filled / local", masked.median_s / by_name["local"].median_s),
-        _ratio("masked: protection's share of the time", masked.protection_s / masked.median_s),
+        _ratio(f"{masked.name}, pool filled / local", masked.median_s / by_name["local"].median_s),
+        _ratio(f"{masked.name}: protection's share of the time", masked.protection_s / masked.median_s),
         _ratio("legacy client over tcp / open over shm", legacy.median_s / open_.median_s),
         _ratio(
             "legacy client with Matmul over tcp / open over shm", with_matmul.median_s / open_.median_s, at_least=3.0

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tsqp import config as settings
-from tsqp.cli.reporting import notes, print_json, progress, reported
+from tsqp.cli.reporting import notes, pool_rows, print_json, progress, reported
 from tsqp.config import WORKER_LEVELS, EnclaveConfig
 from tsqp.errors import ConfigError, InputError
 from tsqp.threads import set_threads, share_cores
@@ -95,7 +95,7 @@ def prefill(
             "masks": masks,
             "dealers": tuple(dealer) if dealer else None,
             "dealer_keys": tuple(dealer_key) if dealer_key else None,
-            "mask_pool": _pool_rows(mask_pool),
+            "mask_pool": pool_rows(mask_pool),
             "mask_memory": mask_memory,
             "codes": codes,
             "dtype": dtype,
@@ -112,17 +112,6 @@ def prefill(
             print_json(report)
         else:
             _show(report)
-
-
-def _pool_rows(text: str | None) -> int | None:
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    if text.removeprefix("-").isdecimal():
-        raise ConfigError(f"--mask-pool {text}: expected a number of rows, 0 or more.")
-    raise ConfigError(
-        f"--mask-pool {text}: expected a number of rows. The pool is key material: it lives in memory only and cannot "
-        "be kept in a file."
-    )
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str | None:

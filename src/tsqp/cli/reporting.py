@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.progress import TaskID
 
 from tsqp import reports
-from tsqp.errors import TsqpError
+from tsqp.errors import ConfigError, TsqpError
 from tsqp.reports import ErrorDetail, ErrorReport
 
 INTERRUPTED = 130
@@ -43,6 +43,18 @@ def reported(*, as_json: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         notes.print("stopped.")
         raise typer.Exit(INTERRUPTED) from error
+
+
+def pool_rows(text: str | None) -> int | None:
+    """Read ``--mask-pool``; a name of a file gets an answer of its own."""
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    if text.removeprefix("-").isdecimal():
+        raise ConfigError(f"--mask-pool {text}: expected a number of rows, 0 or more.")
+    raise ConfigError(
+        f"--mask-pool {text}: expected a number of rows. The pool is key material: it lives in memory only and cannot "
+        "be kept in a file."
+    )
 
 
 @contextmanager
