@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tsqp.model.architecture import read_config
+from tsqp.model.architecture import read_config, weight_shapes
 from tsqp.model.linears import Linears
 from tsqp.model.llama import Llama
 from tsqp.model.ops import LocalOps, read_state
-from tsqp.model.weights import Checkpoint
+from tsqp.model.weights import INDEX_NAME, Checkpoint
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,
@@ -99,6 +100,20 @@ def tiny_checkpoint(
     model.to(stored).save_pretrained(directory, max_shard_size=max_shard_size)
     if old_config:
         edit_json(directory / "config.json", _as_transformers_4)
+    return directory
+
+
+def large_checkpoint_of(config: dict[str, Any], directory: Path) -> Path:
+    """Write constant float32 weights for a config.json: one file for what layers share and one per layer."""
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, shape in weight_shapes(read_config(directory)).items():
+        part = name.split(".")[2] if ".layers." in name else "shared"
+        files.setdefault(f"{part}.safetensors", {})[name] = torch.full(shape, 0.5)
+    for file, tensors in files.items():
+        save_file(tensors, directory / file)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (directory / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     return directory
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from tiny_models import large_checkpoint_of
 
-from tsqp.model.architecture import linear_groups, read_config, weight_shapes
-from tsqp.model.weights import INDEX_NAME
+from tsqp.model.architecture import linear_groups, read_config
 
 # 302 MB in float32; the largest single tensor, the embedding, is a ninth of it.
 CONFIG: dict[str, Any] = {
@@ -52,18 +49,7 @@ sys.stdout.write(str(peak() - before))
 
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write one file for what layers share and one per layer, float32."""
-    directory = tmp_path_factory.mktemp("large")
-    (directory / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    files: dict[str, dict[str, torch.Tensor]] = {}
-    for name, shape in weight_shapes(read_config(directory)).items():
-        part = name.split(".")[2] if ".layers." in name else "shared"
-        files.setdefault(f"{part}.safetensors", {})[name] = torch.full(shape, 0.5)
-    for file, tensors in files.items():
-        save_file(tensors, directory / file)
-    weight_map = {name: file for file, tensors in files.items() for name in tensors}
-    (directory / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
-    return directory
+    return large_checkpoint_of(CONFIG, tmp_path_factory.mktemp("large"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
