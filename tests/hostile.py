@@ -13,8 +13,10 @@ from pathlib import Path
 
 import msgspec
 import torch
+from plain_link import PlainLink
 from torch import Tensor
 
+from tsqp.arith.ring import Codes, lay_out
 from tsqp.enclave.codes import Checks, StreamedCodes, read_codes
 from tsqp.enclave.mask_pool import MaskPool
 from tsqp.enclave.mask_sources import DealerMasks, EnclaveMasks, MaskSource, SummedMasks
@@ -26,8 +28,9 @@ from tsqp.meter import Meter
 from tsqp.model.architecture import LinearGroup, linear_groups
 from tsqp.model.exact import ExactOps, LocalProducts
 from tsqp.model.llama import Llama
+from tsqp.model.overlap import Pending
 from tsqp.model.packed import PackedEnclave, open_codes, open_enclave
-from tsqp.transport.base import Buffer
+from tsqp.transport.base import Buffer, Delivery
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import AnyReply, AnyRequest, Service
 from tsqp.worker.dispatch import Dispatcher
@@ -181,7 +184,7 @@ class HostilePeer:
         return replies
 
 
-class HostileTransport:
+class HostileTransport(PlainLink):
     """A link to a hostile peer: ``ClientTransport`` without a socket."""
 
     def __init__(self, peer: HostilePeer) -> None:
@@ -197,13 +200,13 @@ class HostileTransport:
         assert not self.closed
         self._inbox.extend(self._peer.answer(tuple(bytes(frame) for frame in frames)))
 
-    def receive(self, timeout_s: float) -> Message:
+    def receive(self, timeout_s: float) -> Delivery:
         if not self._inbox:
             raise TransportTimeoutError(f"{self.peer} did not answer within {timeout_s:g} s.")
         reply = self._inbox.popleft()
         if isinstance(reply, TsqpError):
             raise reply
-        return reply
+        return Delivery(reply)
 
     def close(self) -> None:
         self.closed = True
@@ -231,7 +234,7 @@ class Material:
     def dispatcher(self, serves: Service = "exact", codes: dict[str, Tensor] | None = None) -> Dispatcher:
         """Return an honest worker (``exact``) or dealer (``masks``); codes of its own make it wrong."""
         service = (DealerService if serves == "masks" else ExactService)(
-            self.groups, codes or self.codes, torch.device("cpu")
+            self.groups, laid_out(codes or self.codes), torch.device("cpu")
         )
         return Dispatcher(service, "tiny", self.digest)
 
@@ -240,9 +243,13 @@ class Material:
 
     def local_logits(self, ids_BT: Tensor = PROMPT) -> Tensor:
         """Return logits at every position, computed here."""
-        return Llama(self.packed.config, ExactOps(self.packed, LocalProducts(self.codes, 1), Meter())).prefill(
-            ids_BT, all_logits=True
-        )
+        products = LocalProducts(laid_out(self.codes), 1)
+        return Llama(self.packed.config, ExactOps(self.packed, products, Meter())).prefill(ids_BT, all_logits=True)
+
+
+def laid_out(codes: dict[str, Tensor]) -> dict[str, Codes]:
+    """Lay a model's codes out."""
+    return {name: lay_out(codes_NK) for name, codes_NK in codes.items()}
 
 
 class SpyingSource:
@@ -306,13 +313,26 @@ class Rig:
 
     def observed_products(self, group: str, xq_MK: Tensor) -> Tensor:
         """Multiply as the level does, and note what went in and what came out."""
+        return self.start(group, xq_MK)()
+
+    def start(self, group: str, xq_MK: Tensor) -> Pending:
+        """Do the same as ``Products.start``."""
         self.inputs.append((group, xq_MK.clone()))
-        y_MN = self.products(group, xq_MK)
-        self.outputs.append((group, y_MN.clone()))
-        return y_MN
+        pending = self.products.start(group, xq_MK)
+
+        def collect() -> Tensor:
+            y_MN = pending()
+            self.outputs.append((group, y_MN.clone()))
+            return y_MN
+
+        return collect
+
+    def abandon(self) -> None:
+        """See ``Products.abandon``."""
+        self.products.abandon()
 
     def prefill(self, ids_BT: Tensor = PROMPT, *, all_logits: bool = True) -> Tensor:
-        ops = ExactOps(self.material.packed, self.observed_products, self.meter)
+        ops = ExactOps(self.material.packed, self, self.meter)
         return Llama(self.material.packed.config, ops).prefill(ids_BT, all_logits=all_logits)
 
     @property

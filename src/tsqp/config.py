@@ -25,6 +25,8 @@ else:
     import tomli as tomllib
 
 DTYPES = ("float32", "float16", "bfloat16")
+# In which activations may travel at the level open; int8 has one scale per token.
+WIRE_DTYPES = (*DTYPES, "int8")
 LEVELS = ("open", "local", "verified", "masked", "monolithic")
 # Levels that need a packed model, and send the worker integers.
 EXACT_LEVELS = ("verified", "masked")
@@ -34,7 +36,7 @@ DEFAULT_PORT = 50051
 DEALER_PORT = 50052
 
 # Read where they are used, before any settings object exists.
-_OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE"})
+_OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE", "TSQP_NATIVE"})
 
 
 _MAX_THREADS = 4096
@@ -85,7 +87,9 @@ class EnclaveConfig:
     ``mask_pool`` is for how many tokens masks are kept ready; None means one prompt in ``tsqp prefill`` and none in a
     library call. ``codes`` names a packed model
     whose ``worker/`` is on this machine; None streams the codes from the worker. ``retries``: how often a product is
-    sent again when the link fails.
+    sent again when the link fails. ``wire_dtype``: in which activations travel at `open`; None means ``dtype``.
+    ``micro_batches``: into how many parts a prefill is cut that take turns, so that one is computed while another's
+    product is away; None chooses by the prompt's length.
     """
 
     SECTION: typing.ClassVar[str] = "enclave"
@@ -94,6 +98,7 @@ class EnclaveConfig:
     worker: str | None = _setting(None, "LLAMA_GPU_ENDPOINT")
     worker_key: str | None = _setting(None, "TSQP_WORKER_KEY")
     dtype: str = _setting("float32", "LLAMA_DTYPE", choices=DTYPES)
+    wire_dtype: str | None = _setting(None, "TSQP_WIRE_DTYPE", choices=WIRE_DTYPES)
     level: str = _setting("open", "TSQP_LEVEL", choices=LEVELS)
     masks: str | None = _setting(None, "TSQP_MASKS", choices=("enclave", "dealers"))
     dealers: tuple[str, ...] = _setting((), "TSQP_DEALERS")
@@ -102,6 +107,7 @@ class EnclaveConfig:
     mask_memory: int = _setting(1 << 30, "TSQP_MASK_MEMORY", limits=(0, 1 << 50))
     codes: str | None = _setting(None, "TSQP_CODES")
     retries: int = _setting(1, "TSQP_RETRIES", limits=(0, 100))
+    micro_batches: int | None = _setting(None, "TSQP_MICRO_BATCHES", limits=(1, 1024))
     threads: int | None = _setting(None, "TSQP_THREADS", limits=(1, _MAX_THREADS))
     connect_timeout_s: float = _setting(5.0, "TSQP_CONNECT_TIMEOUT_S", limits=(0.01, _MAX_TIMEOUT_S))
     request_timeout_s: float = _setting(120.0, "TSQP_REQUEST_TIMEOUT_S", limits=(0.01, _MAX_TIMEOUT_S))

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from tsqp.arith import native
 from tsqp.config import WorkerConfig
 from tsqp.errors import TsqpError
 from tsqp.model.architecture import LlamaConfig, read_config, weight_shapes
@@ -36,6 +37,7 @@ def examine(config: WorkerConfig) -> DoctorReport:
     checks = [
         _python(),
         _torch(config),
+        _native(),
         _cuda(config),
         *_model(config),
         _port(config),
@@ -59,6 +61,17 @@ def _torch(config: WorkerConfig) -> Check:
     kernel = "oneDNN" if onednn_computes(TORCH_DTYPES[config.dtype]) else "torch's own linear"
     found = f"{torch.__version__}, {torch.get_num_threads()} threads, CPU products in {config.dtype} by {kernel}"
     return Check(name="torch", status="ok", found=found)
+
+
+def _native() -> Check:
+    try:
+        kernels = native.kernels()
+    except TsqpError as error:
+        return Check(name="native kernels", status="fail", found="not usable", advice=str(error))
+    if kernels:
+        return Check(name="native kernels", status="ok", found=f"built, {kernels.instructions}")
+    found = f"built, {native.available()[-1]}, not used" if native.available() else "not built"
+    return Check(name="native kernels", status="note", found=found, advice=native.notice() or "")
 
 
 def _cuda(config: WorkerConfig) -> Check:
@@ -134,7 +147,7 @@ def _shared_memory(path: Path) -> Check:
     free = status.f_bavail * status.f_frsize
     found = f"{path}: {free / 2**20:.0f} MB free"
     if not os.access(path, os.W_OK):
-        advice = "shm:// on this machine does not need it; a Gramine enclave's shared memory will"
+        advice = "shm:// over a socket does not need it; named regions, shm:///dev/shm/NAME, do"
         return Check(name="shared memory", status="note", found=f"{path} is not writable", advice=advice)
     if free < _SHM_BYTES:
         return Check(name="shared memory", status="note", found=found, advice="in a container, raise --shm-size")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tsqp.arith import native
 from tsqp.config import EXACT_LEVELS, EnclaveConfig
 from tsqp.enclave.codes import CodesSource, DirectoryCodes, StreamedCodes, read_codes
 from tsqp.enclave.connect import Peer, Wrap, connect, meet
@@ -30,16 +32,23 @@ from tsqp.model.linears import Linears
 from tsqp.model.llama import Llama
 from tsqp.model.locate import is_packed_model, locate, locate_packed
 from tsqp.model.ops import LocalOps, read_state
+from tsqp.model.overlap import micro_batches
 from tsqp.model.packed import PackedEnclave, open_enclave
 from tsqp.model.tokenizer import Tokenizer, find_tokenizer
 from tsqp.model.weights import Checkpoint
 from tsqp.threads import using_threads
 from tsqp.transport.keys import load_public
+from tsqp.transport.urls import parse
 from tsqp.wire import codec
+from tsqp.wire.messages import Welcome
 
 # Between two replies the enclave's other threads sleep. Waking one costs some 0.1 ms, as much as a whole operation on
 # this many tokens; attention, the largest, gains from a second thread above it (docs/performance.md).
 _TOKENS_WORTH_THREADS = 256
+
+# Smaller micro-batches read the weights more often and multiply less each time; more of them hide more of a slow link.
+_TOKENS_PER_MICRO_BATCH = 64
+_MOST_MICRO_BATCHES = 8
 
 Predict = Callable[[Tensor], Tensor]
 OnStep = Callable[[str, float], None]
@@ -79,13 +88,15 @@ def open_model(name: str, level: str, on_step: OnStep = lambda _name, _done: Non
 class Runnable:
     """A model ready to predict: ids (B, T) to last-position logits (B, V), and what it costs.
 
-    ``predict_all`` gives logits at every position, (B, T, V); the monolithic baseline has none. ``prepare`` waits until
-    the mask pool is full, where there is one, and is told where to report progress.
+    ``predict_all`` gives logits at every position, (B, T, V); the monolithic baseline has none. ``micro_batches`` tells
+    into how many parts prompts are cut that take turns. ``prepare`` waits until the mask pool is full, where there is
+    one, and is told where to report progress.
     """
 
     predict: Predict
     meter: Meter
     predict_all: Predict | None = None
+    micro_batches: Callable[[Tensor], int] = lambda _ids_BT: 1
     prepare: Callable[[Callable[[float], None]], None] = lambda _on_progress: None
 
 
@@ -154,6 +165,10 @@ def check_options(level: str, config: EnclaveConfig, *, offload_attention: bool)
         raise ConfigError(f"--codes is for the levels verified, masked and local, this run is at {level}.")
     if offload_attention and level != "open":
         raise ConfigError(f"--offload-attention is for the level open, this run is at {level}.")
+    if config.wire_dtype and level != "open":
+        raise ConfigError(f"--wire-dtype is for the level open, this run is at {level}.")
+    if offload_attention and config.wire_dtype == "int8":
+        raise ConfigError("--offload-attention and --wire-dtype int8 exclude each other: scales are of tokens.")
 
 
 def _worker_peer(config: EnclaveConfig, level: str, wrap: Wrap | None) -> Peer:
@@ -187,7 +202,8 @@ def _local(model: Model, config: EnclaveConfig, on_step: OnStep) -> Runnable:
             model.packed.manifest, source, keep=True, on_progress=lambda done: on_step("reading the codes", done)
         )
         products = LocalProducts(checks.codes, torch.get_num_threads())
-        return _beside_a_worker(_our_own(Llama(model.architecture, ExactOps(model.packed, products, meter)), meter))
+        llama = Llama(model.architecture, ExactOps(model.packed, products, meter))
+        return _in_turns(llama, meter, _cutting(config, shared_cores=True))
     checkpoint = Checkpoint(model.directory)
     checkpoint.require(weight_shapes(model.architecture))
     linears = Linears(
@@ -197,7 +213,8 @@ def _local(model: Model, config: EnclaveConfig, on_step: OnStep) -> Runnable:
         torch.device("cpu"),
         lambda done: on_step("loading the weights", done),
     )
-    return _our_own(Llama(model.architecture, LocalOps(linears, read_state(linears, checkpoint))), meter)
+    llama = Llama(model.architecture, LocalOps(linears, read_state(linears, checkpoint)))
+    return Runnable(llama.prefill, meter, partial(llama.prefill, all_logits=True))
 
 
 @contextmanager
@@ -209,7 +226,8 @@ def _open(
     digest = model_digest(model.architecture, checkpoint, lambda done: on_step("hashing the weights", done))
     with connect(worker, config, model.architecture, digest) as link:
         llama = Llama(model.architecture, link.ops, offload_attention=offload_attention)
-        yield _beside_a_worker(_our_own(llama, link.session.meter))
+        cut = _cutting(config, shared_cores=_shares_cores(worker, link.welcome))
+        yield _in_turns(llama, link.session.meter, cut)
 
 
 @contextmanager
@@ -230,13 +248,19 @@ def _checked(
         check_pool_fits(groups, config.mask_pool or 0, config.mask_memory)
     if dealers:
         check_dealers(worker, dealers, on_notice)
+    slower = native.notice()
+    if slower:
+        on_notice(slower)
     with ExitStack() as stack:
         expected = Expected(serves="exact", digest=packed.manifest.codes_digest, dtype="int8", groups=groups)
         instances: dict[str, str] = {}
+        cut = _cutting(config, shared_cores=True)
 
         def open_session() -> Session:
+            nonlocal cut
             session, welcome = meet(worker, config, expected, meter)
             instances[welcome.instance] = "the worker"
+            cut = _cutting(config, shared_cores=_shares_cores(worker, welcome))
             return session
 
         exact = ExactWorker(open_session, {group.name: group for group in groups}, config.retries)
@@ -255,40 +279,58 @@ def _checked(
             refill = IdleRefill(pool, threads, meter)
             stack.callback(refill.close)
         products = CheckedProducts(exact, checks.checkers, pool, meter)
-        loaded = _our_own(Llama(model.architecture, ExactOps(packed, products, meter)), meter)
-        yield _beside_a_worker(_with_refill(loaded, refill) if refill else loaded)
+        llama = Llama(model.architecture, ExactOps(packed, products, meter))
+        loaded = _in_turns(llama, meter, cut)
+        yield _with_refill(loaded, refill) if refill else loaded
 
 
-def _our_own(model: Llama, meter: Meter) -> Runnable:
-    return Runnable(model.prefill, meter, lambda ids_BT: model.prefill(ids_BT, all_logits=True))
+def _shares_cores(worker: Peer, welcome: Welcome) -> bool:
+    """Tell whether the worker computes on the cores that this process runs on. By its own account: it is for speed."""
+    return welcome.device == "cpu" and parse(worker.address).stays_on_this_machine
 
 
-def _around(model: Runnable, context: Callable[[Tensor], AbstractContextManager[None]]) -> Runnable:
-    """Run every prediction within a context made for its ids."""
+def _cutting(config: EnclaveConfig, *, shared_cores: bool) -> Callable[[Tensor], int]:
+    """Return into how many micro-batches prompts are cut: what the user says, else by their length.
 
-    def within(predict: Predict) -> Predict:
-        def run(ids_BT: Tensor) -> Tensor:
-            with context(ids_BT):
-                return predict(ids_BT)
+    One where the worker shares this process's cores: then it has nothing to do while this process computes for another
+    micro-batch, but neither is there a core that waits.
+    """
 
-        return run
+    def count(ids_BT: Tensor) -> int:
+        best = 1 if shared_cores else min(_MOST_MICRO_BATCHES, max(1, ids_BT.numel() // _TOKENS_PER_MICRO_BATCH))
+        return len(micro_batches(ids_BT.shape[0], ids_BT.shape[1], config.micro_batches or best))
 
-    predict_all = within(model.predict_all) if model.predict_all else None
-    return replace(model, predict=within(model.predict), predict_all=predict_all)
+    return count
+
+
+def _in_turns(model: Llama, meter: Meter, cut: Callable[[Tensor], int]) -> Runnable:
+    """Run prefills in micro-batches, with one thread where these are too small to wake others for.
+
+    `local` over a packed model does so too, but for its products: attention's last bits depend on how a prompt is cut
+    and on the number of threads, and the integer levels give the same bits.
+    """
+
+    def predict(ids_BT: Tensor, *, all_logits: bool = False) -> Tensor:
+        parts = cut(ids_BT)
+        small = ids_BT.numel() // parts < _TOKENS_WORTH_THREADS
+        with using_threads(1) if small else nullcontext():
+            return model.prefill(ids_BT, all_logits=all_logits, parts=parts)
+
+    return Runnable(predict, meter, partial(predict, all_logits=True), cut)
 
 
 def _with_refill(model: Runnable, refill: IdleRefill) -> Runnable:
     """Fill the pool between predictions and not during them."""
-    return replace(_around(model, lambda _ids: refill.paused()), prepare=refill.wait_until_full)
 
+    def paused(predict: Predict) -> Predict:
+        def run(ids_BT: Tensor) -> Tensor:
+            with refill.paused():
+                return predict(ids_BT)
 
-def _beside_a_worker(model: Runnable) -> Runnable:
-    """Use one thread where the enclave's share of a prefill is too small to wake others for.
+        return run
 
-    `local` over a packed model does so too, but for its products: attention's last bits depend on the number of
-    threads, and the integer levels give the same bits.
-    """
-    return _around(model, lambda ids_BT: using_threads(1) if ids_BT.numel() < _TOKENS_WORTH_THREADS else nullcontext())
+    predict_all = paused(model.predict_all) if model.predict_all else None
+    return replace(model, predict=paused(model.predict), predict_all=predict_all, prepare=refill.wait_until_full)
 
 
 def with_all_logits(model: Runnable) -> Runnable:

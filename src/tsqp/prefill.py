@@ -121,6 +121,7 @@ def measure(
         runs.append(replace(run, fill_s=(model.meter.mask_fill_ns - filled_ns) / 1e9))
         on_step("prefill", (done + 1) / repeats)
     next_tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
+    describe = {**describe, "micro_batches": model.micro_batches(ids_BT)}
     return _report(runs, ids_BT, describe, next_tokens, decode)
 
 
@@ -147,14 +148,15 @@ def _report(
         bytes_received=run.cost.bytes_received,
         enclave_s=run.total_s - run.waited_s,
         worker_s=run.worker_s,
-        wire_s=run.waited_s - run.worker_s,
+        waited_s=run.waited_s,
+        wire_s=max(0.0, run.waited_s - run.worker_s),
         verified_rows=run.cost.verified_rows,
         mask_rows_used=run.cost.mask_rows,
         mask_wait_s=run.cost.mask_wait_ns / 1e9,
         mask_fill_s=run.fill_s,
         quantise_s=run.cost.quantise_ns / 1e9,
         mask_s=run.cost.mask_ns / 1e9,
-        unmask_s=run.cost.unmask_ns / 1e9,
+        ahead_s=run.cost.ahead_ns / 1e9,
         check_s=run.cost.check_ns / 1e9,
         next_tokens=next_tokens,
         next_text=decode(next_tokens[:1]) if decode else None,

@@ -44,13 +44,14 @@ class KeysReport(Struct, frozen=True, kw_only=True):
 class PrefillReport(Struct, frozen=True, kw_only=True):
     """``tsqp prefill``. Times in seconds, sizes in bytes; the three parts and the counts are the median run's.
 
-    ``enclave_s + worker_s + wire_s`` is that run's time; ``wire_s`` is the time spent waiting for the worker less the
-    worker's own account of its work. ``masks`` is where masks came from, ``enclave`` or ``dealers``; null but at
-    `masked`. ``verified_rows`` counts the rows of products that were checked, ``mask_rows_used`` the mask rows.
+    ``enclave_s + waited_s`` is that run's time, ``worker_s`` the worker's own account of its work, ``wire_s`` what
+    ``waited_s`` exceeds it by. Where ``micro_batches`` take turns the enclave computes while the worker does, so that
+    the parts may add up to more than the time. ``masks`` is where masks came from, ``enclave`` or ``dealers``; null but
+    at `masked`. ``verified_rows`` counts the rows of products that were checked, ``mask_rows_used`` the mask rows.
     ``mask_wait_s`` is the part of the run that waited for masks not in the pool; ``mask_fill_s`` is the time spent
-    filling the pool for it, outside of ``prefill_s``. ``quantise_s``, ``mask_s``, ``unmask_s`` and ``check_s`` are the
-    parts of ``enclave_s`` that protection takes. ``next_tokens`` has one id per sequence, ``next_text`` is the first
-    one's text (null where the model has no tokenizer).
+    filling the pool for it, outside of ``prefill_s``. ``quantise_s``, ``mask_s``, ``ahead_s`` and ``check_s`` are the
+    parts of ``enclave_s`` that protection takes, ``ahead_s`` what of it is done while the worker computes.
+    ``next_tokens`` has one id per sequence, ``next_text`` is the first one's text (null without a tokenizer).
     """
 
     model: str
@@ -69,14 +70,16 @@ class PrefillReport(Struct, frozen=True, kw_only=True):
     bytes_received: int
     enclave_s: float
     worker_s: float
+    waited_s: float
     wire_s: float
+    micro_batches: int
     verified_rows: int
     mask_rows_used: int
     mask_wait_s: float
     mask_fill_s: float
     quantise_s: float
     mask_s: float
-    unmask_s: float
+    ahead_s: float
     check_s: float
     next_tokens: list[int]
     next_text: str | None
@@ -116,11 +119,33 @@ class DoctorReport(Struct, frozen=True, kw_only=True):
     checks: list[Check]
 
 
-class Variant(Struct, frozen=True, kw_only=True):
-    """One measured variant of ``tsqp bench``. Times in seconds; ``settings`` says how it was run.
+class Floor(Struct, frozen=True, kw_only=True):
+    """The least that each part of a level could take, in seconds: measured alone in one process in the same run.
 
-    ``protection_s``, quantising, masking, unmasking and checking, and ``mask_wait_s``, waiting for masks, are parts of
-    ``enclave_s``.
+    ``enclave_s`` is ``rest_s`` and the protection of its products together. ``wire_s`` is computed from the bytes moved
+    and the round trips. With overlap the level's floor is ``overlapped_s``, the largest of the three parts; without it
+    ``serial_s``, their sum.
+    """
+
+    worker_s: float
+    wire_s: float
+    enclave_s: float
+    rest_s: float
+    quantise_s: float
+    mask_s: float
+    ahead_s: float
+    check_s: float
+    overlapped_s: float
+    serial_s: float
+
+
+class Variant(Struct, frozen=True, kw_only=True):
+    """One measured variant. Times in seconds; ``settings`` says how it was run.
+
+    The parts are those of the run nearest the median. ``enclave_s + waited_s`` is its time, ``worker_s`` the worker's
+    own account of its work, ``wire_s`` what ``waited_s`` exceeds it by. ``quantise_s``, ``mask_s``, ``ahead_s`` and
+    ``check_s``, together ``protection_s``, and ``mask_wait_s``, waiting for masks, are parts of ``enclave_s``.
+    ``peak_bytes`` is the process's largest resident memory less what it held once torch and TSQP were imported.
     """
 
     name: str
@@ -135,6 +160,16 @@ class Variant(Struct, frozen=True, kw_only=True):
     wire_s: float
     protection_s: float = 0.0
     mask_wait_s: float = 0.0
+    p10_s: float = 0.0
+    p90_s: float = 0.0
+    waited_s: float = 0.0
+    micro_batches: int = 1
+    quantise_s: float = 0.0
+    mask_s: float = 0.0
+    ahead_s: float = 0.0
+    check_s: float = 0.0
+    peak_bytes: int = 0
+    floor: Floor | None = None
 
 
 class Ratio(Struct, frozen=True, kw_only=True):
@@ -156,23 +191,125 @@ class Hardware(Struct, frozen=True, kw_only=True):
     python: str
 
 
-class BenchReport(Struct, frozen=True, kw_only=True):
-    """``tsqp bench``: variants measured in turns within one run, and the ratios between their medians."""
-
-    # warm_up counts the runs before the first turn; each of the turns, rounds, begins with one more.
+class Measurement(Struct, frozen=True, kw_only=True):
+    """What every report of ``tsqp bench`` begins with: when, what, how and on which machine."""
 
     date: str
     commit: str
     command: str
     hardware: Hardware
+    ratios: list[Ratio]
+
+
+class ModelMeasurement(Measurement, frozen=True, kw_only=True):
+    """A measurement of a model.
+
+    ``warm_up`` counts the runs before the first turn; each of the ``rounds`` turns begins with one more that does not
+    count.
+    """
+
     model: str
-    tokens: int
     dtype: str
     threads: int
     warm_up: int
     rounds: int
+
+
+class BenchReport(ModelMeasurement, frozen=True, kw_only=True):
+    """``tsqp bench prefill``: variants measured in turns within one run, and the ratios between their medians."""
+
+    tokens: int
     variants: list[Variant]
-    ratios: list[Ratio]
+
+
+class LevelsReport(ModelMeasurement, frozen=True, kw_only=True):
+    """``tsqp bench levels``: each level by part, with its floor.
+
+    ``copy_bytes_per_s`` and ``round_trip_s``, of 4 KB over shared memory, are what the wire's floor is computed from.
+    """
+
+    tokens: int
+    copy_bytes_per_s: float
+    round_trip_s: float
+    variants: list[Variant]
+
+
+class ScalingPoint(Struct, frozen=True, kw_only=True):
+    """One level at one size. ``masks_ready`` is false where the mask pool was too small for the prompts."""
+
+    level: str
+    tokens: int
+    batch: int
+    median_s: float
+    p10_s: float
+    p90_s: float
+    tokens_per_s: float
+    bytes_per_token: float
+    round_trips: int
+    micro_batches: int
+    masks_ready: bool
+
+
+class ScalingReport(ModelMeasurement, frozen=True, kw_only=True):
+    """``tsqp bench scaling``: prefill over prompt length, and over the number of prompts of ``batch_tokens`` tokens."""
+
+    mask_pool: int
+    batch_tokens: int
+    lengths: list[ScalingPoint]
+    batches: list[ScalingPoint]
+
+
+class OverlapPoint(Struct, frozen=True, kw_only=True):
+    """One delay and number of micro-batches; 1 is serial.
+
+    ``hidden`` is the part of what the link costs a serial prefill that these micro-batches save, null where it has no
+    meaning; ``times_undelayed`` compares with the serial prefill without a delay.
+    """
+
+    delay_ms: float
+    micro_batches: int
+    median_s: float
+    p10_s: float
+    p90_s: float
+    enclave_s: float
+    waited_s: float
+    worker_s: float
+    hidden: float | None
+    times_undelayed: float
+
+
+class OverlapReport(ModelMeasurement, frozen=True, kw_only=True):
+    """``tsqp bench overlap``: prefill over a link with a delay each way, serial and in micro-batches."""
+
+    level: str
+    tokens: int
+    batch: int
+    points: list[OverlapPoint]
+
+
+class TransportPoint(Struct, frozen=True, kw_only=True):
+    """Round trips of one size over one transport; seconds."""
+
+    bytes: int
+    median_s: float
+    p10_s: float
+    p90_s: float
+
+
+class TransportRow(Struct, frozen=True, kw_only=True):
+    """One transport. ``missing`` says what is not installed, where it was not measured."""
+
+    name: str
+    settings: str
+    points: list[TransportPoint]
+    missing: str = ""
+
+
+class TransportReport(Measurement, frozen=True, kw_only=True):
+    """``tsqp bench transport``: round trips of messages of several sizes, transports in turns."""
+
+    rounds: int
+    rows: list[TransportRow]
 
 
 class AuditFinding(Struct, frozen=True, kw_only=True):
@@ -224,7 +361,20 @@ class ErrorReport(Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
-REPORTS = (WorkerReady, KeysReport, PrefillReport, PackReport, DoctorReport, BenchReport, AuditReport, ErrorReport)
+REPORTS = (
+    WorkerReady,
+    KeysReport,
+    PrefillReport,
+    PackReport,
+    DoctorReport,
+    BenchReport,
+    LevelsReport,
+    ScalingReport,
+    OverlapReport,
+    TransportReport,
+    AuditReport,
+    ErrorReport,
+)
 
 
 def dumps(report: Struct) -> str:

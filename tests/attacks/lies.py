@@ -9,6 +9,7 @@ import torch
 from hostile import Exchange, Lie, adding
 from torch import Tensor
 
+from tsqp.arith.ring import lay_out
 from tsqp.worker.services import DealerService, ExactService
 
 Q = (1 << 61) - 1
@@ -58,9 +59,9 @@ def _with_a_changed_weight(exchange: Exchange) -> Tensor:
     """Multiply correctly by codes of which one differs by one."""
     service = exchange.peer.dispatcher.service
     assert isinstance(service, (DealerService, ExactService))
-    codes_NK = service._codes[exchange.group].clone()
+    codes_NK = service._codes[exchange.group].plain().clone()
     codes_NK[0, 0] += 1 if codes_NK[0, 0] < 127 else -1
-    other = type(service)(tuple(service.groups.values()), {exchange.group: codes_NK}, service.device)
+    other = type(service)(tuple(service.groups.values()), {exchange.group: lay_out(codes_NK)}, service.device)
     other.groups = service.groups  # a dealer numbers its groups
     return other.product(exchange.request, exchange.tensors)
 

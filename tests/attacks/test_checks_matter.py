@@ -41,8 +41,10 @@ from tsqp.wire.messages import Result
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept every claim."""
 
-    def accept(_self: Checker, claim: Claim, _xq_MK: Tensor, _peers: object) -> Tensor:
-        return claim.unverified()
+    def accept(
+        _self: Checker, claim: Claim, _expectation: object, _peers: object, u: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        return claim.unverified() - torch.cat(u) if u else claim.unverified()
 
     monkeypatch.setattr(Checker, "verified", accept)
 
@@ -90,8 +92,8 @@ def test_without_addition_of_the_mask_traffic_holds_activations(
     material: Material, dealers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits are right all the same: nothing but the traffic shows it."""
-    monkeypatch.setattr(Mask, "add", lambda _self, xq_MK: xq_MK)
-    monkeypatch.setattr(Mask, "remove", lambda _self, claim: claim)
+    monkeypatch.setattr(Mask, "add", lambda _self, xq_MK, out_MK: out_MK.copy_(xq_MK))
+    monkeypatch.setattr(Mask, "products", lambda _self: ())
     plaintext = Plaintext(monkeypatch)
     rig = build(material, dealers)
     rig.prefill(PROMPT)
@@ -130,7 +132,7 @@ def test_without_the_digest_changed_codes_are_accepted(
     peer.tamper = of_codes(group, claiming(EDITS["a code off by 1"]))
     monkeypatch.setattr(codes, "hashlib", _Agreeing(material))
     checks = read_codes(material.packed.manifest, StreamedCodes(met(material, peer, "exact")), keep=True)
-    assert not torch.equal(checks.codes[group], material.codes[group])
+    assert not torch.equal(checks.codes[group].plain(), material.codes[group])
 
 
 class _Agreeing:
@@ -161,7 +163,7 @@ def test_without_the_form_floats_are_taken_for_integers(
 
     rig = build(material, None)
     monkeypatch.setattr(codec, "claim", believe)
-    monkeypatch.setattr(Checker, "verified", lambda _self, claim, _xq_MK, _peers: claim.unverified())
+    monkeypatch.setattr(Checker, "verified", lambda _self, claim, *_: claim.unverified())
     rig.worker.tamper = on("layers.0.qkv", sending(MALFORMED[form]))
     xq_MK = rig.material.codes["layers.0.qkv"][:2].int()
-    assert rig.products("layers.0.qkv", xq_MK).dtype == torch.float32
+    assert rig.products.start("layers.0.qkv", xq_MK)().dtype == torch.float32

@@ -279,7 +279,7 @@ def _report(action: str, rig: Rig, mask: Mask, writer: int) -> None:
         elif action == "fill":
             rig.pool.fill_step()
         elif action == "product":
-            rig.products("layers.0.qkv", torch.ones(1, 48, dtype=torch.int32))
+            rig.products.start("layers.0.qkv", torch.ones(1, 48, dtype=torch.int32))()
         else:
             mask.add(torch.ones(2, 48, dtype=torch.int32))
     except MaskReuseError as error:

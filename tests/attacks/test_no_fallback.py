@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 import zmq
+from attacks.watching import assert_only_words_that_may_leave
 from hostile import (
     DEALER_ADDRESSES,
     MASKED,
@@ -273,15 +274,3 @@ def test_words_stay_masked_after_every_kind_of_failure(material: Material, deale
                 prefill_times(3, rig)
             peer.tamper = honest
     assert_only_words_that_may_leave(rig)
-
-
-def assert_only_words_that_may_leave(rig: Rig) -> None:
-    """Fail unless all that left are exact products: of the integers at `verified`, of none of them at `masked`."""
-    allowed = {"Hello", "Codes", "MaskProduct", "LinearExact"}
-    assert {type(sent.header).__name__ for sent in rig.journal} <= allowed
-    rows = {bytes(codec.frame_of(row)) for _, xq_MK in rig.inputs for row in xq_MK}
-    sent = [bytes(codec.frame_of(row)) for _, x_MK in rig.worker.tensors for row in x_MK]
-    assert rig.worker.tensors
-    assert all(x_MK.dtype == torch.int32 for _, x_MK in rig.worker.tensors)
-    assert not any(dealer.tensors for dealer in rig.dealers)
-    assert all((row in rows) == (rig.pool is None) for row in sent)

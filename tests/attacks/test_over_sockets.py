@@ -10,7 +10,7 @@ import pytest
 import torch
 from attacks.lies import LIES
 from attacks.test_malformed import FORMS, sending
-from hostile import PROMPT, SETUPS, HostilePeer, Material, Message, Tamper, claiming, on
+from hostile import PROMPT, SETUPS, HostilePeer, Material, Tamper, claiming, on
 from torch import Tensor
 from workers import running_worker
 
@@ -18,7 +18,7 @@ from tsqp.config import EnclaveConfig
 from tsqp.errors import IntegrityError, ProtocolError, TransportTimeoutError
 from tsqp.levels import Model, runnable
 from tsqp.paths import private_socket_directory
-from tsqp.transport.base import Buffer, ClientTransport, Incoming
+from tsqp.transport.base import Buffer, ClientTransport, Delivery, Incoming
 from tsqp.transport.keys import KeyPair, ephemeral
 from tsqp.transport.server import Server
 from tsqp.transport.urls import parse
@@ -177,13 +177,18 @@ class Meddler:
         self._meddling = len(frames) > 1 and getattr(header, "group", "") == self._target
         self._link.send(frames)
 
-    def receive(self, timeout_s: float) -> Message:
-        reply = self._link.receive(timeout_s)
+    def allocate(self, size: int) -> memoryview | None:
+        return self._link.allocate(size)
+
+    def discard(self, slot: memoryview) -> None:
+        self._link.discard(slot)
+
+    def receive(self, timeout_s: float) -> Delivery:
+        """Change a word where it lies: in memory that the enclave shares, if it does."""
+        delivery = self._link.receive(timeout_s)
         if self._meddling:
-            words = bytearray(reply[1])
-            words[-1] ^= 0x80
-            return [reply[0], words]
-        return reply
+            memoryview(delivery.frames[1])[-1] ^= 0x80
+        return delivery
 
     def close(self) -> None:
         self._link.close()

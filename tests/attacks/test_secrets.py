@@ -173,7 +173,7 @@ def test_a_dealers_own_log_shows_no_seed(
 
     caplog.set_level(logging.DEBUG)
     rig = build(material, dealers)
-    monkeypatch.setattr(type(rig.dealers[0].dispatcher.service), "product", broken)
+    monkeypatch.setattr(type(rig.dealers[0].dispatcher.service), "multiply", broken)
     with pytest.raises(InternalError) as raised:
         rig.prefill(PROMPT)
     assert "a bug" in caplog.text

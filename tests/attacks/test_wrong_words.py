@@ -63,7 +63,7 @@ def test_no_word_of_a_row_is_left_out(material: Material) -> None:
         fresh = build(material, None)
         fresh.worker.tamper = on("layers.0.qkv", claiming(adding(1 << 31, column=column)))
         with pytest.raises(IntegrityError):
-            fresh.products("layers.0.qkv", xq_MK)
+            fresh.products.start("layers.0.qkv", xq_MK)()
 
 
 def test_a_lie_in_the_second_half_of_a_run_ends_it(rig: Rig, local_logits: Tensor) -> None:

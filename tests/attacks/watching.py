@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hostile import PROMPT, Rig
 
 from tsqp.errors import HostileError, IntegrityError
 from tsqp.model import exact, llama
-from tsqp.wire import messages
+from tsqp.wire import codec, messages
 
 
 def watch_use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -64,10 +65,22 @@ def assert_out_of_use(rig: Rig, error: BaseException) -> None:
     sent = len(rig.journal)
     for group, xq_MK in rig.inputs[:1] + rig.inputs[-1:]:
         with pytest.raises(IntegrityError, match="out of use") as refused:
-            rig.products(group, xq_MK)
+            rig.products.start(group, xq_MK)()
         assert str(error) in str(refused.value)
     with pytest.raises(HostileError):
         rig.prefill(PROMPT)
     assert len(rig.journal) == sent
     if rig.pool is not None:
         assert rig.pool.held == 0
+
+
+def assert_only_words_that_may_leave(rig: Rig) -> None:
+    """Fail unless all that left are exact products: of the integers at `verified`, of none of them at `masked`."""
+    allowed = {"Hello", "Codes", "MaskProduct", "LinearExact"}
+    assert {type(sent.header).__name__ for sent in rig.journal} <= allowed
+    rows = {bytes(codec.frame_of(row)) for _, xq_MK in rig.inputs for row in xq_MK}
+    sent = [bytes(codec.frame_of(row)) for _, x_MK in rig.worker.tensors for row in x_MK]
+    assert rig.worker.tensors
+    assert all(x_MK.dtype == torch.int32 for _, x_MK in rig.worker.tensors)
+    assert not any(dealer.tensors for dealer in rig.dealers)
+    assert all((row in rows) == (rig.pool is None) for row in sent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,13 @@ from tsqp.levels import open_model, runnable
 from tsqp.model.architecture import read_config
 from tsqp.model.linears import Linears, memory_errors
 from tsqp.model.llama import Llama
+from tsqp.model.packed import open_codes
 from tsqp.model.weights import Checkpoint
-from tsqp.wire import codec
+from tsqp.transport.base import Buffer, Incoming
+from tsqp.wire import codec, messages
+from tsqp.worker.cuda import LANES, CudaEngine
+from tsqp.worker.dispatch import Dispatcher
+from tsqp.worker.services import ExactService
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
@@ -60,7 +67,7 @@ def test_a_full_gpu_is_a_clear_error_and_the_worker_goes_on(tmp_path: Path) -> N
     with running_worker(directory, device="cuda:0") as url, linked(url, directory) as link:
         with pytest.raises(DeviceMemoryError, match=r"cuda:0 is out of memory during matmul"):
             link.ops.matmul(torch.zeros(1 << 19, 1), torch.zeros(1, 1 << 19))
-        assert link.ops.linear("head", torch.zeros(1, 48)).shape == (1, 101)
+        assert link.ops.linear("head", torch.zeros(1, 48))().shape == (1, 101)
 
 
 def test_loading_onto_a_full_gpu_is_a_clear_error(tmp_path: Path) -> None:
@@ -81,7 +88,8 @@ def test_exact_products_are_those_of_the_cpu() -> None:
     assert ring.kernel_for(CUDA).name == "int8 limbs"
     for rows, inputs, outputs in ((1, 576, 960), (128, 1536, 576), (17, 8, 8), (3, 1, 5), (5, 131, 7), (2, 140000, 9)):
         x_MK, w_NK = ring.adversarial(rows, inputs, outputs)
-        assert torch.equal(ring.multiply(x_MK.to(CUDA), w_NK.to(CUDA)).cpu(), ring.multiply(x_MK, w_NK))
+        theirs = ring.multiply(x_MK.to(CUDA), ring.lay_out(w_NK.to(CUDA))).cpu()
+        assert torch.equal(theirs, ring.multiply(x_MK, ring.lay_out(w_NK)))
 
 
 @pytest.mark.parametrize("level", ["verified", "masked"])
@@ -105,5 +113,53 @@ def test_ids_outside_the_vocabulary_do_not_poison_the_gpu(tmp_path: Path) -> Non
     directory = tiny_checkpoint(tmp_path / "model")
     with running_worker(directory, device="cuda:0") as url, linked(url, directory) as link:
         with pytest.raises(InputError, match="outside the vocabulary"):
-            link.ops.embedding(torch.tensor([10**6]))
-        assert link.ops.embedding(torch.tensor([1])).shape == (1, 48)
+            link.ops.embedding(torch.tensor([10**6]))()
+        assert link.ops.embedding(torch.tensor([1]))().shape == (1, 48)
+
+
+def in_turn(engine: CudaEngine, batches: list[list[tuple[str, torch.Tensor]]]) -> list[torch.Tensor]:
+    """Run batches of exact products through an engine as the worker's loop does, as many at a time as it takes."""
+    replies: dict[int, torch.Tensor] = {}
+
+    def take(frames: Sequence[Buffer]) -> None:
+        reply, (frame,) = codec.decode_reply(frames)
+        assert isinstance(reply, messages.Result)
+        replies[reply.id] = codec.tensor_of(reply.y, frame)
+
+    dispatcher = Dispatcher(engine.service, "tiny", "digest")
+    numbers = itertools.count()
+    for batch in batches:
+        while not engine.has_room:
+            dispatcher.finish(engine.finished())
+        requests = []
+        for group, x_MK in batch:
+            header = messages.LinearExact(id=next(numbers), group=group, x=codec.spec_of(x_MK))
+            frames = (messages.encode(header), codec.frame_of(x_MK))
+            requests.append(dispatcher.admit(Incoming(frames, legacy=False, reply=take)))
+        engine.start([request for request in requests if request])
+    while engine.busy:
+        dispatcher.finish(engine.finished())
+    return [replies[number] for number in sorted(replies)]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_batches_that_overlap_give_the_bits_of_the_cpu(tmp_path: Path, graphs: bool) -> None:  # noqa: FBT001
+    """Each shape comes often enough to be captured, in every lane, between others."""
+    packed = open_codes(packed_tiny(tiny_checkpoint(tmp_path / "model"), tmp_path / "packed"))
+    codes = {group.name: packed.read(group.name) for group in packed.groups}
+    on_gpu = {name: ring.lay_out(w_NK.to(CUDA)) for name, w_NK in codes.items()}
+    engine = CudaEngine(ExactService(packed.groups, on_gpu, CUDA), graphs=graphs)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        [
+            (group.name, torch.randint(-(1 << 31), 1 << 31, (rows, group.in_features), generator=generator).int())
+            for rows in counts
+        ]
+        for _ in range(5 * LANES)
+        for counts in ((1,), (1, 3), (17, 100))
+        for group in packed.groups[:4]
+    ]
+    results = in_turn(engine, batches)
+    for (name, x_MK), y_MN in zip(itertools.chain.from_iterable(batches), results, strict=True):
+        assert torch.equal(y_MN, ring.multiply(x_MK, ring.lay_out(codes[name])))
+    assert bool(engine.captured) == graphs

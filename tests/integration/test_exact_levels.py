@@ -79,6 +79,11 @@ def assert_all_agree(packed: Path, ids_BT: Tensor, directory: Path) -> Tensor:
         for dealers, pool in ((0, 0), (0, 16), (1, 16), (1, 0), (2, 8)):
             masked = logits(str(packed), "masked", ids_BT, mask_pool=pool, **peers.settings(dealers))
             assert torch.equal(masked, local), f"{dealers} dealers, pool of {pool}"
+        cut = logits(str(packed), "local", ids_BT, micro_batches=3)
+        assert torch.equal(logits(str(packed), "verified", ids_BT, worker=peers.worker, micro_batches=3), cut)
+        overlapped = logits(str(packed), "masked", ids_BT, mask_pool=8, micro_batches=3, **peers.settings(1))
+        assert torch.equal(overlapped, cut)
+        torch.testing.assert_close(cut, local, rtol=1e-2, atol=1e-2)
     return local
 
 

@@ -34,6 +34,7 @@ from tsqp.launch import local_worker
 from tsqp.levels import open_model, runnable
 from tsqp.model.architecture import read_config
 from tsqp.model.llama import Llama
+from tsqp.model.overlap import Pending
 from tsqp.wire import messages
 
 QUICK = EnclaveConfig(connect_timeout_s=0.5, request_timeout_s=2.0)
@@ -113,9 +114,9 @@ class _KillBefore:
 
     def __init__(self, ops: OpenOps, group: str, process: psutil.Process, number: int) -> None:
         self._ops, self._group, self._process, self._number = ops, group, process, number
-        self.state, self.embedding, self.matmul = ops.state, ops.embedding, ops.matmul
+        self.state, self.embedding, self.matmul, self.abandon = ops.state, ops.embedding, ops.matmul, ops.abandon
 
-    def linear(self, group: str, x_MK: torch.Tensor) -> torch.Tensor:
+    def linear(self, group: str, x_MK: torch.Tensor) -> Pending:
         if group == self._group:
             self._process.send_signal(self._number)
         return self._ops.linear(group, x_MK)
@@ -151,15 +152,15 @@ def test_the_worker_survives_a_request_it_has_no_memory_for(tiny_llama: Path) ->
         process.rlimit(psutil.RLIMIT_AS, (cap, cap))
         with pytest.raises(DeviceMemoryError, match=r"out of memory during matmul.*shorten the prompt"):
             ops.matmul(torch.zeros(1 << 14, 1), torch.zeros(1, 1 << 14))
-        assert ops.linear("head", torch.zeros(1, 48)).shape == (1, 101)
+        assert ops.linear("head", torch.zeros(1, 48))().shape == (1, 101)
 
 
 def test_wrong_shapes_are_refused_by_name(tiny_llama: Path) -> None:
     with own_worker(tiny_llama) as (url, _), llama(url, tiny_llama) as model:
         with pytest.raises(InputError, match=r"linear layers\.0\.qkv expects floats of shape \[M, 48\]"):
-            model._ops.linear("layers.0.qkv", torch.zeros(2, 47))
+            model._ops.linear("layers.0.qkv", torch.zeros(2, 47))()
         with pytest.raises(InputError, match="outside the vocabulary"):
-            model._ops.embedding(torch.tensor([101]))
+            model._ops.embedding(torch.tensor([101]))()
 
 
 def test_a_worker_ends_with_the_process_that_started_it(tiny_llama: Path) -> None:

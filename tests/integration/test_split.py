@@ -114,7 +114,7 @@ def test_many_requests_in_flight_come_back_to_their_own_callers(worker: StartWor
     group = linear_groups(architecture)[0]
     inputs = [torch.randn(rows, group.in_features) for rows in range(1, 65)]
     with linked(worker(tiny_llama), tiny_llama) as link:
-        expected = [link.ops.linear(group.name, x) for x in inputs]
+        expected = [link.ops.linear(group.name, x)() for x in inputs]
 
         def submit(x: torch.Tensor) -> int:
             header = partial(messages.Linear, group=group.name, x=codec.spec_of(x))

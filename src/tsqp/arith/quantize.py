@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from tsqp.arith import native
 from tsqp.errors import ExactnessError, InputError, WeightsError
 
 # The largest integer that a centred residue stands for.
@@ -17,8 +20,11 @@ L = (1 << 31) - 1
 _MAX_CODE = 127
 # Elements squared at a time in ``largest_norm``, 4 MiB as int32.
 _NORM_BLOCK = 1 << 20
-# float64's relative error in ||x||, s_x and the quotient together is at most (K + 8) 2^-53; times L it stays below 1.
-MAX_K = (1 << 22) - 9
+# float64's relative error in ||x||, s_x and the quotient together is at most (K/16 + 16) 2^-53; times L it is below 1/8
+# (docs/arithmetic.md, "Exact range").
+MAX_K = 1 << 22
+# The squares of a row are summed in this many lanes.
+_LANES = 16
 
 
 def quantize_weights(w_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,40 +73,83 @@ def quantize_activations(x_MK: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     By Cauchy-Schwarz |xq . Wq_j| <= (||x|| / s_x + sqrt(K) / 2) B = L. Rounding in float64 adds less than 1, and an
     integer below L + 1 is at most L.
 
+    The native kernel and its twin in PyTorch give the same bits: squares of float32 are exact in float64; element i
+    is summed in lane i mod 16, from first to last, then lanes l and l + 8, l + 4, l + 2 and l + 1; a row is multiplied
+    by one rounded 1 / s_x; halves go to the even integer. With ||x|| in [2^-149, 2^139] and B in [1, L] nothing under-
+    or overflows.
+
     Args:
         x_MK: float32 activations.
-        largest: B of the codes they meet, from ``largest_norm``.
+        largest: B of the codes they meet, from ``largest_norm``: 0, or at least 1 since codes are integers.
 
     Returns:
         int32 integers, shape (M, K), and float64 scales, shape (M, 1). Where ||x|| or B is 0: zeros, and scale 1.
 
     Raises:
         InputError: an activation is infinite or not a number.
-        ExactnessError: K or B is too large for the bound.
+        ExactnessError: K or B is too large for the bound, or x is not float32 of two dimensions.
     """
-    inputs = x_MK.shape[-1]
+    if (x_MK.dtype, x_MK.ndim) != (torch.float32, 2):
+        raise ExactnessError(f"activations of {x_MK.dtype} {list(x_MK.shape)}: expected float32 [M, K].")
+    inputs = x_MK.shape[1]
     room = L - largest * math.sqrt(inputs) / 2
-    if inputs > MAX_K or room <= 0:
+    if inputs > MAX_K or room < 1 or 0 < largest < 1:
         raise ExactnessError(f"rows of {inputs} inputs and codes of norm {largest:.0f} leave no exact range.")
-    norm_M1 = torch.linalg.vector_norm(x_MK, dim=-1, keepdim=True, dtype=torch.float64)
-    if not torch.isfinite(norm_M1).all():
+    kernels = native.kernels()
+    scaled = kernels.quantize(x_MK, largest / room) if kernels else _quantize(x_MK, largest / room)
+    xq_MK, scale_M1, failures = scaled
+    if failures:
         raise InputError("an activation is infinite or not a number; it cannot be quantised.")
-    scale_M1 = norm_M1 * (largest / room)
+    return xq_MK, scale_M1
+
+
+def _quantize(x_MK: Tensor, factor: float) -> tuple[Tensor, Tensor, int]:
+    """Do what ``Kernels.quantize`` does, in PyTorch."""
+    x_MK = x_MK.double()
+    # NumPy's root is IEEE's; PyTorch's may come from a library whose last bit differs.
+    norm_M1 = torch.from_numpy(np.sqrt(_lane_sums(x_MK.square()).numpy()))
+    scale_M1 = norm_M1 * factor
     scale_M1 = torch.where(scale_M1 > 0, scale_M1, torch.ones_like(scale_M1))
-    if not largest:
-        return torch.zeros(x_MK.shape, dtype=torch.int32, device=x_MK.device), scale_M1
-    return torch.div(x_MK, scale_M1).round_().to(torch.int32), scale_M1
+    inverse_M1 = scale_M1.reciprocal() if factor else torch.zeros_like(scale_M1)
+    failures = int(torch.isfinite(norm_M1).logical_not_().count_nonzero())
+    xq_MK = (x_MK * inverse_M1).round_() if not failures else torch.zeros_like(x_MK)
+    return xq_MK.to(torch.int32), scale_M1, failures
 
 
-def dequantize(y_MN: Tensor, scale_M1: Tensor, scale_N: Tensor) -> Tensor:
-    """Return the real products that integers stand for: y s_x s_j.
+def _lane_sums(squares_MK: Tensor) -> Tensor:
+    """Sum rows in the stated order: float64, shape (M, 1). A running sum adds from first to last."""
+    rows, inputs = squares_MK.shape
+    if not inputs:
+        return squares_MK.new_zeros(rows, 1)
+    lanes_MBL = functional.pad(squares_MK, (0, -inputs % _LANES)).unflatten(1, (-1, _LANES))
+    lanes_ML: Tensor = lanes_MBL.cumsum(dim=1)[:, -1]
+    while (half := lanes_ML.shape[1] // 2) > 0:
+        lanes_ML = lanes_ML[:, :half] + lanes_ML[:, half:]
+    return lanes_ML
+
+
+def dequantize(
+    y_MN: Tensor, scale_M1: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None
+) -> Tensor:
+    """Return the real products that integers stand for: y s_x s_j (+ bias), in float32, each operation rounded.
 
     Args:
         y_MN: int32 integers.
         scale_M1: of the activations, float64.
         scale_N: of the weights, float32.
+        bias_N: float32; none by default.
+        out_MN: where to store them: float32, contiguous, such as y's own memory (``y_MN.view(torch.float32)``). By
+            default new memory.
 
     Returns:
         float32, shape (M, N).
     """
-    return y_MN.float().mul_(scale_M1.float()).mul_(scale_N)
+    kernels = native.kernels()
+    if kernels:
+        out_MN = torch.empty(y_MN.shape, dtype=torch.float32) if out_MN is None else out_MN
+        kernels.dequantize(y_MN, scale_M1, scale_N, bias_N, out_MN)
+        return out_MN
+    real_MN = y_MN.float().mul_(scale_M1.float()).mul_(scale_N)
+    if bias_N is not None:
+        real_MN += bias_N
+    return real_MN if out_MN is None else out_MN.copy_(real_MN)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tsqp.arith import native
 from tsqp.errors import ExactnessError
 from tsqp.threads import using_threads
 
@@ -38,29 +40,114 @@ _WIDENED = 1 << 22
 
 
 class Kernel(Protocol):
-    """One way to multiply."""
+    """One way to multiply, and the layout of codes that it reads."""
 
     name: str
 
-    def multiply(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
-        """Return x W^T modulo 2^32.
+    def lay_out(self, w_NK: Tensor) -> Tensor:
+        """Return int8 codes of shape (N, K) as this kernel reads them: a copy, or contiguous codes themselves."""
+
+    def plain(self, codes: Codes, first: int, rows: int) -> Tensor:
+        """Return rows of laid-out codes again: int8, shape (rows, K)."""
+
+    def multiply(self, x_MK: Tensor, codes: Codes, out_MN: Tensor) -> None:
+        """Store x W^T modulo 2^32.
 
         Args:
             x_MK: int32 residues.
-            w_NK: int8 codes in [-127, 127], contiguous, on the same device.
-
-        Returns:
-            int32 residues, shape (M, N).
+            codes: of this kernel, on the same device.
+            out_MN: int32, contiguous, on the same device.
         """
 
 
-class Float64Kernel:
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """int8 codes W of shape (N, K) in the layout of the kernel that multiplies by them.
+
+    Attributes:
+        rows: N.
+        inputs: K.
+        laid_out: the codes; only the kernel knows how they lie.
+        kernel: multiplies by them.
+    """
+
+    rows: int
+    inputs: int
+    laid_out: Tensor
+    kernel: Kernel
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.laid_out.device
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return self.laid_out.nbytes
+
+    def plain(self, first: int = 0, rows: int | None = None) -> Tensor:
+        """Return rows ``first`` to ``first + rows`` as they were given: int8, shape (rows, K). By default all."""
+        return self.kernel.plain(self, first, self.rows - first if rows is None else rows)
+
+
+class _PlainLayout:
+    """The codes as they are: contiguous rows."""
+
+    def lay_out(self, w_NK: Tensor) -> Tensor:
+        """See ``Kernel.lay_out``."""
+        return w_NK.contiguous()
+
+    def plain(self, codes: Codes, first: int, rows: int) -> Tensor:
+        """See ``Kernel.plain``."""
+        return codes.laid_out[first : first + rows]
+
+
+class NativeKernel:
+    """Pairs of 16-bit limbs times codes in panels of 16 outputs, by ``native/gemm.c``: exact for any K.
+
+    A panel holds, for each pair of inputs, the two codes of each of its outputs. N is padded to 16, K to 2, with zeros.
+
+    Args:
+        kernels: the extension.
+    """
+
+    def __init__(self, kernels: native.Kernels) -> None:
+        self.name = f"native {kernels.instructions}"
+        self._kernels = kernels
+
+    def lay_out(self, w_NK: Tensor) -> Tensor:
+        """See ``Kernel.lay_out``. A pair is moved as one int16."""
+        count, pairs = -(-len(w_NK) // native.PANEL), -(-w_NK.shape[1] // native.PAIR)
+        if not count or not pairs:
+            return w_NK.new_empty(count, pairs, native.PANEL, native.PAIR)
+        padded_NK = _padded(w_NK, count * native.PANEL, pairs * native.PAIR).contiguous()
+        if padded_NK.storage_offset() % native.PAIR:
+            padded_NK = padded_NK.clone()
+        panels = padded_NK.view(torch.int16).view(count, native.PANEL, pairs).transpose(1, 2).contiguous()
+        return panels.view(torch.int8).view(count, pairs, native.PANEL, native.PAIR)
+
+    def plain(self, codes: Codes, first: int, rows: int) -> Tensor:
+        """See ``Kernel.plain``."""
+        panel = first // native.PANEL
+        panels = codes.laid_out[panel : -(-(first + rows) // native.PANEL)]
+        plain_NK = panels.transpose(1, 2).reshape(len(panels) * native.PANEL, panels.shape[1] * native.PAIR)
+        skipped = first - panel * native.PANEL
+        return plain_NK[skipped : skipped + rows, : codes.inputs].contiguous()
+
+    def multiply(self, x_MK: Tensor, codes: Codes, out_MN: Tensor) -> None:
+        """See ``Kernel.multiply``."""
+        self._kernels.multiply(x_MK, codes.laid_out, out_MN)
+
+
+class Float64Kernel(_PlainLayout):
     """float64 products over blocks of at most 2^15 inputs, within which every sum is an integer below 2^53."""
 
     name = "float64"
 
-    def multiply(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
+    def multiply(self, x_MK: Tensor, codes: Codes, out_MN: Tensor) -> None:
         """See ``Kernel.multiply``. Blocks' sums wrap in int64, which keeps them right modulo 2^32."""
+        w_NK = codes.laid_out
         y_MN = torch.zeros(len(x_MK), len(w_NK), dtype=torch.int64, device=x_MK.device)
         for first in range(0, x_MK.shape[1], FLOAT64_MAX_K):
             x_MB = x_MK[:, first : first + FLOAT64_MAX_K].double()
@@ -68,10 +155,10 @@ class Float64Kernel:
             for n in range(0, len(w_NK), step):
                 w_SB = w_NK[n : n + step, first : first + FLOAT64_MAX_K].double()
                 y_MN[:, n : n + step] += (x_MB @ w_SB.T).to(torch.int64)
-        return y_MN.to(torch.int32)
+        out_MN.copy_(y_MN.to(torch.int32))
 
 
-class LimbKernel:
+class LimbKernel(_PlainLayout):
     """int8 products of the four balanced base-256 limbs of x, stacked into one product of 4 M rows.
 
     x = l0 + 2^8 l1 + 2^16 l2 + 2^24 l3 (mod 2^32), limbs in [-128, 127]. A limb's product is an exact int32 for K up to
@@ -80,23 +167,24 @@ class LimbKernel:
 
     name = "int8 limbs"
 
-    def multiply(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
+    def multiply(self, x_MK: Tensor, codes: Codes, out_MN: Tensor) -> None:
         """See ``Kernel.multiply``."""
-        y_MN: Tensor | None = None
         for first in range(0, x_MK.shape[1], INT8_MAX_K):
             block = slice(first, first + INT8_MAX_K)
-            part_MN = self._block(x_MK[:, block], w_NK[:, block])
-            y_MN = part_MN if y_MN is None else y_MN.add_(part_MN)
-        return torch.zeros(len(x_MK), len(w_NK), dtype=torch.int32, device=x_MK.device) if y_MN is None else y_MN
+            x_MB, w_NB = x_MK[:, block], codes.laid_out[:, block]
+            if first:
+                out_MN += self._block(x_MB, w_NB, torch.empty_like(out_MN))
+            else:
+                self._block(x_MB, w_NB, out_MN)
 
-    def _block(self, x_MK: Tensor, w_NK: Tensor) -> Tensor:
+    def _block(self, x_MK: Tensor, w_NK: Tensor, y_MN: Tensor) -> Tensor:
         with _few_threads(x_MK):
             limbs_LK = limbs(x_MK)
         y_IMN = _int_mm(limbs_LK, w_NK).unflatten(0, (_LIMBS, -1))
         with _few_threads(y_IMN[0]):
-            y_MN = torch.add(y_IMN[2], y_IMN[3], alpha=256)
+            torch.add(y_IMN[2], y_IMN[3], alpha=256, out=y_MN)
             for limb in (1, 0):
-                y_MN = torch.add(y_IMN[limb], y_MN, alpha=256, out=y_MN)
+                torch.add(y_IMN[limb], y_MN, alpha=256, out=y_MN)
         return y_MN
 
 
@@ -142,7 +230,7 @@ def multiply_int8(a_MK: Tensor, b_NK: Tensor) -> Tensor:
         raise ExactnessError(f"int8 products of rows of {a_MK.shape[1]}: at most {INT8_MAX_K} stay in int32.")
     if not a_MK.numel() or not b_NK.numel():
         return torch.zeros(len(a_MK), len(b_NK), dtype=torch.int32)
-    if isinstance(kernel_for(a_MK.device), LimbKernel):
+    if _int8_products_are_exact():
         return _int_mm(a_MK, b_NK)
     return (a_MK.double() @ b_NK.double().T).to(torch.int32)
 
@@ -161,29 +249,59 @@ def limbs(x_MK: Tensor) -> Tensor:
     return limbs_IMK.reshape(_LIMBS * len(x_MK), x_MK.shape[1])
 
 
-def multiply(x_MK: Tensor, w_NK: Tensor) -> Tensor:
-    """Multiply residues by int8 codes modulo 2^32, with the kernel chosen for their device.
+@cache
+def _int8_products_are_exact() -> bool:
+    try:
+        check_exact(LimbKernel(), torch.device("cpu"))
+    except (ExactnessError, RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def lay_out(w_NK: Tensor, kernel: Kernel | None = None) -> Codes:
+    """Lay codes out for the kernel of the device that they are on.
 
     Args:
-        x_MK: int32 residues.
-        w_NK: int8 codes in [-127, 127], contiguous, on the same device.
+        w_NK: int8 codes in [-127, 127]. They may be kept as they are: do not change them any more.
+        kernel: for tests; by default ``kernel_for`` the device.
+
+    Raises:
+        ExactnessError: not int8 of two dimensions, or no kernel computes exactly on this device.
+    """
+    if (w_NK.dtype, w_NK.ndim) != (torch.int8, 2):
+        raise ExactnessError(f"codes of {w_NK.dtype} {list(w_NK.shape)}: expected int8 [N, K].")
+    kernel = kernel or kernel_for(w_NK.device)
+    return Codes(len(w_NK), w_NK.shape[1], kernel.lay_out(w_NK), kernel)
+
+
+def multiply(x_MK: Tensor, codes: Codes, out_MN: Tensor | None = None) -> Tensor:
+    """Multiply residues by int8 codes modulo 2^32.
+
+    Args:
+        x_MK: int32 residues, on the codes' device.
+        codes: from ``lay_out``.
+        out_MN: where to store the product: int32, contiguous, on the same device; by default new memory.
 
     Returns:
         int32 residues, shape (M, N), equal to integer arithmetic modulo 2^32.
 
     Raises:
-        ExactnessError: other dtypes or shapes, or no kernel computes exactly on this device.
+        ExactnessError: another dtype or shape.
     """
-    if (x_MK.dtype, w_NK.dtype, x_MK.ndim, w_NK.ndim) != (torch.int32, torch.int8, 2, 2):
-        raise ExactnessError(
-            f"exact product of {x_MK.dtype} {list(x_MK.shape)} and {w_NK.dtype} {list(w_NK.shape)}: "
-            "expected int32 [M, K] and int8 [N, K]."
-        )
-    if x_MK.shape[1] != w_NK.shape[1]:
-        raise ExactnessError(f"exact product of rows of {x_MK.shape[1]} and of {w_NK.shape[1]}.")
-    if not x_MK.numel() or not w_NK.numel():
-        return torch.zeros(len(x_MK), len(w_NK), dtype=torch.int32, device=x_MK.device)
-    return kernel_for(x_MK.device).multiply(x_MK, w_NK)
+    if (x_MK.dtype, x_MK.ndim) != (torch.int32, 2):
+        raise ExactnessError(f"exact product of {x_MK.dtype} {list(x_MK.shape)}: expected int32 [M, K].")
+    if x_MK.shape[1] != codes.inputs:
+        raise ExactnessError(f"exact product of rows of {x_MK.shape[1]} and of {codes.inputs}.")
+    shape = (len(x_MK), codes.rows)
+    if out_MN is None:
+        out_MN = torch.empty(shape, dtype=torch.int32, device=x_MK.device)
+    if (out_MN.dtype, tuple(out_MN.shape)) != (torch.int32, shape) or not out_MN.is_contiguous():
+        raise ExactnessError(f"a product of int32 {list(shape)} cannot go to {out_MN.dtype} {list(out_MN.shape)}.")
+    if x_MK.numel() and codes.rows:
+        codes.kernel.multiply(x_MK, codes, out_MN)
+    else:
+        out_MN.zero_()
+    return out_MN
 
 
 @cache
@@ -192,12 +310,15 @@ def kernel_for(device: torch.device) -> Kernel:
 
     Raises:
         ExactnessError: none does.
+        ConfigError: ``TSQP_NATIVE`` asks for what is not there.
     """
     failures = []
-    for kernel in (LimbKernel(), Float64Kernel()):
+    extension = native.kernels() if device.type == "cpu" else None
+    kernels: list[Kernel] = [NativeKernel(extension)] if extension else []
+    for kernel in (*kernels, LimbKernel(), Float64Kernel()):
         try:
             check_exact(kernel, device)
-        except (ExactnessError, RuntimeError, AttributeError) as error:  # noqa: PERF203  two kernels at most
+        except (ExactnessError, RuntimeError, AttributeError) as error:  # noqa: PERF203  three kernels at most
             failures.append(f"{kernel.name}: {error}")
         else:
             return kernel
@@ -208,14 +329,16 @@ def check_exact(kernel: Kernel, device: torch.device) -> None:
     """Compare a kernel with Python integers, on inputs chosen to break it.
 
     Extremes of both operands with one sign (the largest sums), alternating signs, every byte pattern at a limb's
-    border, and random words; one row, a few and many; rows longer than a block of either kernel.
+    border, and random words; every number of rows that a kernel could treat in its own way, and many; odd sizes; rows
+    longer than a block of any kernel.
 
     Raises:
         ExactnessError: it errs.
     """
-    for rows, inputs, outputs in ((1, 1, 8), (1, 64, 8), (5, 576, 24), (33, 130, 16), (2, INT8_MAX_K + 9, 8)):
+    few = [(rows, 33, 83) for rows in range(1, 14)]
+    for rows, inputs, outputs in (*few, (1, 1, 8), (1, 64, 8), (5, 576, 24), (33, 130, 16), (2, INT8_MAX_K + 9, 8)):
         x_MK, w_NK = adversarial(rows, inputs, outputs)
-        y_MN = kernel.multiply(x_MK.to(device), w_NK.to(device)).cpu()
+        y_MN = multiply(x_MK.to(device), lay_out(w_NK.to(device), kernel)).cpu()
         for row in range(rows):
             xs = x_MK[row].tolist()
             for column in range(outputs):

@@ -16,6 +16,7 @@ from tsqp.model.layers import RotaryTable, rms_norm, rotate
 from tsqp.model.linears import Linears
 from tsqp.model.llama import Llama
 from tsqp.model.ops import LocalOps, read_state
+from tsqp.model.overlap import Pending
 from tsqp.model.weights import Checkpoint
 
 FIRST_GROUP = "layers.0.qkv"
@@ -106,7 +107,7 @@ class PublicModel:
 
     def rotated(self, x_TXH: Tensor, positions_T: Tensor) -> Tensor:
         """Apply rotary embedding at given positions to queries or keys, shape (T, heads, H)."""
-        cos, sin = self._rotary.upto(int(positions_T.max()) + 1)
+        cos, sin = self._rotary.between(0, int(positions_T.max()) + 1)
         return rotate(x_TXH[None], cos[positions_T], sin[positions_T])[0]
 
     def runner(self) -> PublicRunner:
@@ -128,7 +129,7 @@ class _TappedOps(LocalOps):
         self._groups = groups
         self.inputs: dict[str, Tensor] = {}
 
-    def linear(self, group: str, x_MK: Tensor) -> Tensor:
+    def linear(self, group: str, x_MK: Tensor) -> Pending:
         if group in self._groups:
             self.inputs[group] = x_MK.clone()
         return super().linear(group, x_MK)

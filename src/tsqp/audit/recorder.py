@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tsqp.errors import InputError
-from tsqp.transport.base import Buffer, ClientTransport
+from tsqp.transport.base import Buffer, ClientTransport, Delivery
 from tsqp.wire import codec, messages
 
 # Requests whose tensor is the prompt itself: the attacks work from activations, never from ids.
@@ -114,7 +114,15 @@ class RecordingTransport:
         if isinstance(header, messages.MaskProduct):
             self._dealt.append(Dealt(group, header.seed, header.first, header.count))
 
-    def receive(self, timeout_s: float) -> list[Buffer]:
+    def allocate(self, size: int) -> memoryview | None:
+        """See ``ClientTransport.allocate``. What is written to a slot is kept when it is sent."""
+        return self._link.allocate(size)
+
+    def discard(self, slot: memoryview) -> None:
+        """See ``ClientTransport.discard``."""
+        self._link.discard(slot)
+
+    def receive(self, timeout_s: float) -> Delivery:
         """See ``ClientTransport.receive``."""
         return self._link.receive(timeout_s)
 

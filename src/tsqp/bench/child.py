@@ -1,6 +1,6 @@
-"""One variant of a benchmark in a process of its own: loads, then prefills once per line on standard input.
+"""One variant of a benchmark in a process of its own: loads, then does as asked, once per line on standard input.
 
-``python -m tsqp.bench.child '{"variant": ..., ...}'`` prints one JSON line per run.
+``python -m tsqp.bench.child '{"level": ..., ...}'`` reads one ``Ask`` per line and prints one ``Sample`` per line.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import torch
 from msgspec import Struct
 
 from tsqp import prefill
+from tsqp.bench import memory
+from tsqp.bench.trace import Recording
 from tsqp.config import EnclaveConfig
-from tsqp.levels import open_model, runnable, with_all_logits
+from tsqp.levels import Runnable, open_model, runnable, with_all_logits
+from tsqp.meter import Recorder
 
 LEGACY = ("legacy", "legacy-matmul")
 
@@ -26,6 +29,7 @@ class Order(Struct, frozen=True, kw_only=True):
     """What to load: a level, or a client of the first protocol.
 
     ``mask_pool`` is for how many tokens masks are ready before each run; 0 has them made or fetched during it.
+    ``micro_batches`` is as in ``EnclaveConfig``. ``floor`` measures the level's parts alone instead of the level.
     """
 
     level: str
@@ -39,76 +43,136 @@ class Order(Struct, frozen=True, kw_only=True):
     mask_memory: int = 1 << 30
     dealers: tuple[str, ...] = ()
     dealer_keys: tuple[str, ...] = ()
+    micro_batches: int | None = None
+    floor: bool = False
+
+
+class Ask(Struct, frozen=True, kw_only=True):
+    """What to run: the first ``tokens`` of the prompt (0 for all of it), ``batch`` times; ``trace`` records it."""
+
+    tokens: int = 0
+    batch: int = 1
+    trace: bool = False
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """One prefill: seconds, bytes, round trips, and the predicted token to compare variants by."""
+    """One prefill: seconds, bytes, round trips, and the predicted token to compare variants by.
+
+    ``waited_s`` is the time blocked on the worker, ``worker_s`` the worker's own account of its work. ``peak_bytes`` is
+    the process's largest resident memory so far, less what it held when torch and TSQP were imported.
+    """
 
     total_s: float
-    worker_s: float
-    wire_s: float
-    round_trips: int
-    bytes_moved: int
-    next_token: int
-    protection_s: float = 0.0
+    next_token: int = -1
+    waited_s: float = 0.0
+    worker_s: float = 0.0
+    round_trips: int = 0
+    bytes_moved: int = 0
+    micro_batches: int = 1
+    quantise_s: float = 0.0
+    mask_s: float = 0.0
+    ahead_s: float = 0.0
+    check_s: float = 0.0
     mask_wait_s: float = 0.0
+    peak_bytes: int = 0
+    recording: Recording | None = None
+
+    @property
+    def enclave_s(self) -> float:
+        """All that is not waiting for the worker."""
+        return self.total_s - self.waited_s
+
+    @property
+    def wire_s(self) -> float:
+        """What the enclave waited beyond the worker's work; with overlap waiting may be less than that."""
+        return max(0.0, self.waited_s - self.worker_s)
+
+    @property
+    def protection_s(self) -> float:
+        """Quantising, masking, unmasking and checking."""
+        return self.quantise_s + self.mask_s + self.ahead_s + self.check_s
 
 
-Run = Callable[[torch.Tensor], Sample]
+Run = Callable[[Ask, torch.Tensor], Sample]
 
 
-def _tell(sentence: str) -> None:
+def tell(sentence: str) -> None:
+    """Pass a notice on to whoever runs the benchmark."""
     sys.stderr.write(f"{sentence}\n")
 
 
-@contextmanager
-def _own(order: Order) -> Iterator[Run]:
-    """Run one of our levels, or the monolithic baseline."""
-    config = EnclaveConfig(
+def settings(order: Order) -> EnclaveConfig:
+    """Return the settings that an order stands for."""
+    return EnclaveConfig(
+        level=order.level,
         dtype=order.dtype,
         worker=order.worker,
         mask_pool=order.mask_pool,
         mask_memory=order.mask_memory,
         dealers=order.dealers,
         dealer_keys=order.dealer_keys,
+        micro_batches=order.micro_batches,
     )
+
+
+@contextmanager
+def _own(order: Order, imported_bytes: int) -> Iterator[Run]:
+    """Run one of our levels, or the monolithic baseline."""
+    config = settings(order)
     opened = open_model(order.model, order.level)
-    with runnable(order.level, opened, config, on_notice=_tell) as loaded:
+    with runnable(order.level, opened, config, on_notice=tell) as loaded:
         model = with_all_logits(loaded) if order.all_logits else loaded
 
-        def run(ids_BT: torch.Tensor) -> Sample:
+        def run(ask: Ask, ids_BT: torch.Tensor) -> Sample:
             measured, logits_BV = prefill.timed(model, ids_BT)
+            cost = measured.cost
             return Sample(
                 total_s=measured.total_s,
-                worker_s=measured.worker_s,
-                wire_s=measured.waited_s - measured.worker_s,
-                round_trips=measured.cost.round_trips,
-                bytes_moved=measured.cost.bytes_sent + measured.cost.bytes_received,
                 next_token=int(logits_BV[0].argmax()),
-                protection_s=measured.cost.protection_ns / 1e9,
-                mask_wait_s=measured.cost.mask_wait_ns / 1e9,
+                waited_s=measured.waited_s,
+                worker_s=measured.worker_s,
+                round_trips=cost.round_trips,
+                bytes_moved=cost.bytes_sent + cost.bytes_received,
+                micro_batches=model.micro_batches(ids_BT),
+                quantise_s=cost.quantise_ns / 1e9,
+                mask_s=cost.mask_ns / 1e9,
+                ahead_s=cost.ahead_ns / 1e9,
+                check_s=cost.check_ns / 1e9,
+                mask_wait_s=cost.mask_wait_ns / 1e9,
+                peak_bytes=max(0, memory.peak() - imported_bytes),
+                recording=_record(model, ids_BT) if ask.trace else None,
             )
 
         yield run
 
 
+def _record(model: Runnable, ids_BT: torch.Tensor) -> Recording:
+    """Prefill once more and write down what happens when."""
+    model.prepare(lambda _done: None)
+    model.meter.recorder = recorder = Recorder()
+    began_ns = time.monotonic_ns()
+    try:
+        model.predict(ids_BT)
+    finally:
+        model.meter.recorder = None
+    return Recording(began_ns=began_ns, ended_ns=time.monotonic_ns(), spans=recorder.spans, requests=recorder.requests)
+
+
 @contextmanager
-def _legacy(order: Order) -> Iterator[Run]:
+def _legacy(order: Order, _imported_bytes: int) -> Iterator[Run]:
     """Run the published client."""
     from tsqp.bench.legacy_client import LegacyClient, build  # noqa: PLC0415  transformers and msgpack are optional
 
     client = LegacyClient(order.worker)
     model = build(Path(order.model), client, matmul=order.level == "legacy-matmul")
 
-    def run(ids_BT: torch.Tensor) -> Sample:
+    def run(_ask: Ask, ids_BT: torch.Tensor) -> Sample:
         trips, moved = client.round_trips, client.bytes_sent + client.bytes_received
         started = time.perf_counter()
         with torch.inference_mode():
             logits_BTV = model(ids_BT, use_cache=False).logits
         return Sample(
             total_s=time.perf_counter() - started,
-            worker_s=0.0,
-            wire_s=0.0,
             round_trips=client.round_trips - trips,
             bytes_moved=client.bytes_sent + client.bytes_received - moved,
             next_token=int(logits_BTV[0, -1].argmax()),
@@ -120,14 +184,27 @@ def _legacy(order: Order) -> Iterator[Run]:
         client.close()
 
 
+@contextmanager
+def _floor(order: Order, _imported_bytes: int) -> Iterator[Run]:
+    """Run a level's parts alone."""
+    from tsqp.bench.floors import Floors  # noqa: PLC0415  it loads the worker's side too
+
+    with Floors.of(order) as floors:
+        yield lambda _ask, ids_BT: floors.measured(ids_BT)
+
+
 def main() -> None:
     """Follow the order given as the first argument."""
+    imported_bytes = memory.resident()
     order = msgspec.json.decode(sys.argv[1], type=Order)
     torch.set_num_threads(order.threads)
-    ids_BT = torch.tensor([order.ids])
-    with (_legacy if order.level in LEGACY else _own)(order) as run:
-        for _ in sys.stdin:
-            sys.stdout.write(msgspec.json.encode(run(ids_BT)).decode() + "\n")
+    ids_T = torch.tensor(order.ids)
+    how = _floor if order.floor else _legacy if order.level in LEGACY else _own
+    with how(order, imported_bytes) as run:
+        for line in sys.stdin:
+            ask = msgspec.json.decode(line, type=Ask)
+            ids_BT = ids_T[: ask.tokens or len(ids_T)].repeat(ask.batch, 1)
+            sys.stdout.write(msgspec.json.encode(run(ask, ids_BT)).decode() + "\n")
             sys.stdout.flush()
 
 

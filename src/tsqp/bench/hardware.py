@@ -32,7 +32,7 @@ def commit() -> str:
             ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         )
         status = subprocess.run(
-            ["git", "status", "--porcelain", "src"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", ":/src"], cwd=here, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

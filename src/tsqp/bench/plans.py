@@ -1,4 +1,4 @@
-"""The variants that ``tsqp bench`` measures."""
+"""The variants that ``tsqp bench prefill`` and ``tsqp bench levels`` measure."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Plan:
         dealer: its masks come from a dealer.
         all_logits: it computes the head at every position.
         timed: whether it takes part in every round.
+        floor: it measures the level's parts alone.
     """
 
     name: str
@@ -36,6 +37,12 @@ class Plan:
     dealer: bool = False
     all_logits: bool = False
     timed: bool = True
+    floor: bool = False
+
+    @property
+    def traced(self) -> bool:
+        """Whether a timeline of it is worth a look: a level with a worker, over shared memory, its masks ready."""
+        return self.name in ("open", "verified", "masked")
 
 
 def _exact(name: str, level: str, settings: str, *, masks_ready: bool = False, dealer: bool = False) -> Plan:
@@ -108,3 +115,30 @@ PLANS = (
         link="tcp",
     ),
 )
+
+
+def _floor(level: str) -> Plan:
+    return Plan(
+        name=f"floor of {level}",
+        level=level,
+        environment={},
+        settings="the parts of the level, each alone in one process",
+        link="shm" if level == "open" else "exact",
+        packed=level != "open",
+        masks_ready=level == "masked",
+        floor=True,
+    )
+
+
+_BY_NAME = {plan.name: plan for plan in PLANS}
+LEVEL_PLANS = (
+    _BY_NAME["local"],
+    _BY_NAME["local-int8"],
+    _BY_NAME["open"],
+    _BY_NAME["verified"],
+    _BY_NAME["masked"],
+    _BY_NAME["monolithic-active"],
+    _BY_NAME["monolithic-passive"],
+    *map(_floor, ("open", "verified", "masked")),
+)
+SCALING_PLANS = tuple(_BY_NAME[name] for name in ("open", "masked", "local", "monolithic-active"))

@@ -20,9 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (worker, dealer, prefill, pack, audit, bench, doctor):
+for command in (worker, dealer, prefill, pack, audit, doctor):
     app.command()(command)
-app.add_typer(keys)
+for group in (keys, bench):
+    app.add_typer(group)
 
 
 def main() -> None:

@@ -78,8 +78,20 @@ def prefill(
     prompt: Annotated[str | None, typer.Option(help="The prompt.", show_default="a built-in text")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a UTF-8 file.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="float32")] = None,
+    wire_dtype: Annotated[
+        str | None,
+        typer.Option(help="open: in which activations travel; also int8.", show_default="as --dtype"),
+    ] = None,
     repeat: Annotated[int, typer.Option(help="Measured runs after one to warm up; the median is reported.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Parts of the prompt that take turns, so that one is computed while another's product is away. "
+            "1: none.",
+            show_default="by the prompt's length",
+        ),
+    ] = None,
     offload_attention: Annotated[
         bool, typer.Option("--offload-attention", help="Also send attention's two products to the worker.")
     ] = False,
@@ -99,7 +111,9 @@ def prefill(
             "mask_memory": mask_memory,
             "codes": codes,
             "dtype": dtype,
+            "wire_dtype": wire_dtype,
             "threads": threads,
+            "micro_batches": micro_batches,
         }
         config = settings.load(EnclaveConfig, flags)
         if config.level not in ("local", "monolithic") and config.worker_key and not config.worker:
@@ -210,14 +224,16 @@ def _show(report: PrefillReport) -> None:
         waited = f"{report.mask_wait_s * 1000:.0f} ms waited for in it"
         table.add_row("masks", f"{report.mask_rows_used} rows by {_SOURCES[report.masks]}; {outside}, {waited}")
     if report.verified_rows:
-        names = ("quantising", "masking", "unmasking", "checking")
-        shares = (report.quantise_s, report.mask_s, report.unmask_s, report.check_s)
+        names = ("quantising", "masking", "checking")
+        shares = (report.quantise_s, report.mask_s, report.check_s)
         protection = ", ".join(f"{n} {s * 1000:.1f} ms" for n, s in zip(names, shares, strict=True) if s)
-        table.add_row("protection", f"{protection}: {sum(shares) / report.prefill_s:.0%} of the prefill")
+        ahead = f"{report.ahead_s * 1000:.1f} ms more while the worker computed"
+        table.add_row("protection", f"{protection}: {sum(shares) / report.prefill_s:.0%} of the prefill; {ahead}")
         table.add_row("checked", f"{report.verified_rows} rows of products, each with a miss rate of 2^-61")
     if report.round_trips:
-        parts = zip(("enclave", "worker", "wire"), (report.enclave_s, report.worker_s, report.wire_s), strict=True)
-        table.add_row("time by part", ", ".join(f"{name} {seconds * 1000:.1f} ms" for name, seconds in parts))
+        parts = [f"enclave {report.enclave_s * 1000:.1f} ms", f"waiting {report.waited_s * 1000:.1f} ms"]
+        turns = f" while {report.micro_batches} micro-batches took turns" if report.micro_batches > 1 else ""
+        table.add_row("time by part", f"{', '.join(parts)}; the worker computed {report.worker_s * 1000:.1f} ms{turns}")
         megabytes = f"{report.bytes_sent / 1e6:.1f} MB sent, {report.bytes_received / 1e6:.1f} MB received"
         table.add_row("wire", f"{report.round_trips} round trips, {megabytes}")
     table.add_row("next token", f"{report.next_tokens[0]} {escape(repr(report.next_text)) if report.next_text else ''}")

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tsqp.arith.ring import Codes, lay_out
 from tsqp.enclave.freivalds import Checker
 from tsqp.enclave.session import Session
 from tsqp.errors import IntegrityError
@@ -84,11 +85,11 @@ class Checks:
 
     Attributes:
         checkers: by group.
-        codes: int8, shape (N, K), by group, where they were to be kept; else empty.
+        codes: by group, laid out for products in this process, where they were to be kept; else empty.
     """
 
     checkers: dict[str, Checker]
-    codes: dict[str, Tensor]
+    codes: dict[str, Codes]
 
 
 @torch.inference_mode()
@@ -126,7 +127,7 @@ def read_codes(
             raise _other_codes(group, source, f"sha256 {digest.hexdigest()}")
         checks.checkers[group.name] = checker
         if codes_NK is not None:
-            checks.codes[group.name] = codes_NK
+            checks.codes[group.name] = lay_out(codes_NK)
         on_progress((done + 1) / len(manifest.groups))
     return checks
 

@@ -77,16 +77,19 @@ def connect(peer: Peer, config: EnclaveConfig, architecture: LlamaConfig, digest
 
     Args:
         peer: where it is.
-        config: timeouts and dtype.
+        config: timeouts, dtype and wire dtype.
         architecture: the model's architecture.
         digest: the model's digest.
 
     Raises:
         TsqpError: as ``meet``.
     """
-    expected = Expected(serves="open", digest=digest, dtype=config.dtype, groups=linear_groups(architecture))
+    wire_dtype = config.wire_dtype or config.dtype
+    expected = Expected(
+        serves="open", digest=digest, dtype=config.dtype, groups=linear_groups(architecture), wire_dtype=wire_dtype
+    )
     session, welcome = meet(peer, config, expected)
     try:
-        yield Link(session, OpenOps(session, architecture, codec.TORCH_DTYPES[config.dtype]), welcome)
+        yield Link(session, OpenOps(session, architecture, codec.TORCH_DTYPES[wire_dtype]), welcome)
     finally:
         session.close()

@@ -5,8 +5,10 @@ y claimed to be xq W^T is accepted only if <y, s> = <xq, c> mod q. An error in a
 whose entries are below 2^33 in absolute value, hence non-zero mod q; its product with s is uniform, so a wrong row
 passes with probability 1/q. Every row is checked, never a sum of rows. docs/arithmetic.md, "Checking", has the rest.
 
-Inner products are int8 products: integers are cut into bytes, field elements into eight balanced limbs, and int32 holds
-the sums exactly (``ring.multiply_int8``). docs/arithmetic.md has the bounds.
+Inner products are computed by ``native/check.c``, which reads a claimed word once: what it checks is what it returns,
+also where the peer can change the words meanwhile. Its twin copies the claim first and uses int8 products: integers are
+cut into bytes, field elements into eight balanced limbs, and int32 holds the sums exactly (``ring.multiply_int8``).
+Both give the same residues; docs/arithmetic.md has the bounds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tsqp.arith import native
 from tsqp.arith.ring import INT8_MAX_K, multiply_int8
 from tsqp.errors import ExactnessError, IntegrityError
 from tsqp.wire.codec import Claim
@@ -29,6 +32,9 @@ _WORD_BYTES = 4
 _CENTRE = 0x808080
 # Adding it to an int64 and flipping every byte's top bit gives eight balanced limbs.
 _LIMB_OFFSET = 0x8080808080808080 - (1 << 64)
+# The native kernel's limbs: three of 21 bits.
+_NATIVE_LIMBS = 3
+_NATIVE_LIMB_BITS = 21
 # Sums of at most this many blocks of INT8_MAX_K bytes stay below 2^61 in absolute value.
 _MAX_BLOCKS = 32
 
@@ -50,6 +56,7 @@ class FieldVector:
             raise ExactnessError(f"rows of {len(values_N)} integers cannot be summed exactly.")
         self._values_N = values_N
         self._word_limbs: tuple[Tensor, int] | None = None
+        self._native_limbs_3N: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"FieldVector(length={len(self._values_N)}, values not shown)"
@@ -67,17 +74,52 @@ class FieldVector:
     def add(self, values_N: Tensor) -> None:
         """Add a vector of int64 in [0, q)."""
         self._values_N = _below_q(self._values_N + values_N)
-        self._word_limbs = None
+        self._word_limbs = self._native_limbs_3N = None
 
     def dot_words(self, rows_MN: Tensor) -> Tensor:
-        """Return <row, vector> for rows of int32 as two halves: h0 + 2^32 h1 mod q.
+        """Return <row, vector> mod q for rows of int32 that nobody changes meanwhile: int64 in [0, q), shape (M,)."""
+        if not rows_MN.numel():
+            return torch.zeros(len(rows_MN), dtype=torch.int64)
+        kernels = native.kernels()
+        if kernels:
+            return kernels.dots(rows_MN, self._native_limbs())
+        return _mod_q(self._halves(rows_MN))
+
+    def dot_unmasked(self, words_MN: Tensor, u: Sequence[Tensor], out_MN: Tensor) -> Tensor:
+        """Store words - u modulo 2^32, and return <row, vector> mod q of what was stored.
 
         Args:
-            rows_MN: int32.
+            words_MN: int32. Whoever shares this memory may change it meanwhile: each word is read once.
+            u: int32, consecutive rows, M together; none to subtract nothing.
+            out_MN: int32, contiguous, memory of this process.
 
-        Returns:
-            int64 below 2^62 in absolute value, shape (M, 2).
+        Raises:
+            ExactnessError: shapes do not go together.
         """
+        if words_MN.shape != out_MN.shape or (u and sum(map(len, u)) != len(words_MN)):
+            raise ExactnessError(f"{len(words_MN)} rows to check, and masks of {sum(map(len, u))}.")
+        kernels = native.kernels()
+        if not kernels:
+            out_MN.copy_(words_MN)
+        dots, done = [], 0
+        for u_PN in u or (None,):
+            rows = slice(done, done + len(words_MN) if u_PN is None else done + len(u_PN))
+            if kernels:
+                dots.append(kernels.dots(words_MN[rows], self._native_limbs(), u_PN, out_MN[rows]))
+            elif u_PN is not None:
+                out_MN[rows] -= u_PN
+            done = rows.stop
+        return torch.cat(dots) if kernels else self.dot_words(out_MN)
+
+    def _native_limbs(self) -> Tensor:
+        if self._native_limbs_3N is None:
+            mask = (1 << _NATIVE_LIMB_BITS) - 1
+            limbs = [self._values_N >> (_NATIVE_LIMB_BITS * i) & mask for i in range(_NATIVE_LIMBS)]
+            self._native_limbs_3N = torch.stack(limbs).to(torch.int32)
+        return self._native_limbs_3N
+
+    def _halves(self, rows_MN: Tensor) -> Tensor:
+        """Return <row, vector> as h0 + 2^32 h1 mod q: int64 below 2^62 in absolute value, shape (M, 2)."""
         if self._word_limbs is None:
             # Byte i of a word weighs 2^8i: give each its own multiple of the value.
             spread_NB = torch.stack([_times_power_of_two(self._values_N, 8 * i) for i in range(_WORD_BYTES)], dim=1)
@@ -143,6 +185,35 @@ def draw(length: int, random_bytes: RandomBytes = os.urandom) -> FieldVector:
     return FieldVector(values)
 
 
+class Expectation:
+    """What the checks of some rows must give. Secret: it tells about the check, and its repr shows nothing.
+
+    Args:
+        residues_M: int64 in [0, q).
+    """
+
+    __slots__ = ("_residues_M",)
+
+    def __init__(self, residues_M: Tensor) -> None:
+        self._residues_M = residues_M
+
+    def __repr__(self) -> str:
+        return f"Expectation({len(self._residues_M)} rows, not shown)"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise ExactnessError("what a check expects must not leave its process.")
+
+    def wrong_rows(self, found_M: Tensor) -> int:
+        """Count the rows whose residue is another.
+
+        Raises:
+            ExactnessError: another number of rows.
+        """
+        if found_M.shape != self._residues_M.shape:
+            raise ExactnessError(f"{len(found_M)} rows came, {len(self._residues_M)} are expected.")
+        return int((found_M != self._residues_M).count_nonzero())
+
+
 class Checker:
     """Checks claimed products with one set of codes. After a failure it refuses everything: s must be drawn anew.
 
@@ -181,29 +252,42 @@ class Checker:
         self._c.add(self._s.part(rows).dot_codes(codes_RK.T))
         self._absorbed = rows.stop
 
-    def verified(self, claim: Claim, xq_MK: Tensor, peers: Sequence[str]) -> Tensor:
-        """Return the claimed y, int32 (M, N), if it is xq W^T.
+    def expect(self, xq_MK: Tensor) -> Expectation:
+        """Return what the check of the products of these integers must give; to be done while the worker computes.
 
         Args:
-            claim: of the product.
             xq_MK: int32.
-            peers: all who contributed to the claim.
 
         Raises:
-            IntegrityError: a row is wrong, or one was before.
             ExactnessError: not all codes have been absorbed.
         """
         if self._absorbed != len(self._s):
             raise ExactnessError(f"linear {self.name}: {self._absorbed} of {len(self._s)} rows of codes absorbed.")
+        return Expectation(self._c.dot_words(xq_MK))
+
+    def verified(
+        self, claim: Claim, expectation: Expectation, peers: Sequence[str], u: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Return the claimed y less u, int32 (M, N), if it is xq W^T: memory of this process, that nobody else changes.
+
+        Args:
+            claim: of the product of what was sent; its words may change meanwhile, and each is read once.
+            expectation: from ``expect`` for xq.
+            peers: all who contributed to the claim.
+            u: products of the masks that were put on, for consecutive rows, M together; none where nothing was masked.
+
+        Raises:
+            IntegrityError: a row is wrong, or one was before.
+        """
         if self._failed:
             raise IntegrityError(f"linear {self.name}: a wrong product came before; its check must be drawn anew.")
-        y_MN = claim.unverified()
-        wrong_M = _mod_q(self._s.dot_words(y_MN) - self._c.dot_words(xq_MK))
-        if wrong_M.any():
+        claimed_MN = claim.unverified()
+        y_MN = torch.empty(len(claimed_MN), len(self._s), dtype=torch.int32)
+        wrong = expectation.wrong_rows(self._s.dot_unmasked(claimed_MN, u, y_MN))
+        if wrong:
             self._failed = True
-            wrong = int(wrong_M.count_nonzero())
             raise IntegrityError(
-                f"linear {self.name}: {wrong} of {len(wrong_M)} rows are not the product asked for. "
+                f"linear {self.name}: {wrong} of {len(y_MN)} rows are not the product asked for. "
                 f"One of these lied or is broken: {', '.join(peers)}."
             )
         return y_MN

@@ -181,11 +181,30 @@ class MaskPool:
         while count and ready:
             part = ready.popleft()
             if len(part.u_MN) > count:
-                ready.appendleft(MaskRows(part.first + count, _compact(part.u_MN[count:])))
-                part = MaskRows(part.first, part.u_MN[:count])
+                part, rest = _split(part, count)
+                ready.appendleft(rest)
             taken.append(part)
             count -= len(part.u_MN)
         return taken
+
+    @torch.inference_mode()
+    def make_words_ahead(self, after: str, count: int) -> None:
+        """Make the mask words of what the forward pass probably takes next: rows of the group after this one.
+
+        To be called while a product is away. Nothing is taken; rows that are not ready are left alone.
+        """
+        self._ledger.check_process()
+        at = self._numbers[after] + 1
+        if at == len(self._order):
+            return
+        group = self._order[at]
+        with self._lock:
+            ready = self._ready[group]
+            if ready and ready[0].r_MK is None and len(ready[0].u_MN) >= count:
+                part, rest = _split(ready.popleft(), count)
+                if len(rest.u_MN):
+                    ready.appendleft(rest)
+                ready.appendleft(MaskRows(part.first, part.u_MN, self._words(group, part.first, count)))
 
     def _take_missing(self, group: str, count: int) -> list[MaskRows]:
         self._ask(group, count)
@@ -254,6 +273,13 @@ class MaskPool:
             for name in self._order:
                 self._ready[name].clear()
                 self._pending[name].clear()
+
+
+def _split(part: MaskRows, count: int) -> tuple[MaskRows, MaskRows]:
+    """Cut rows in two after ``count``."""
+    first_MK, rest_MK = (None, None) if part.r_MK is None else (part.r_MK[:count], part.r_MK[count:])
+    rest = MaskRows(part.first + count, _compact(part.u_MN[count:]), rest_MK)
+    return MaskRows(part.first, part.u_MN[:count], first_MK), rest
 
 
 def _compact(rest_MN: Tensor) -> Tensor:

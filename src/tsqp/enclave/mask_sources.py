@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tsqp.arith.ring import multiply
+from tsqp.arith.ring import Codes, multiply
 from tsqp.enclave.masks import MaskKey
 from tsqp.enclave.session import Session
 from tsqp.model.architecture import LinearGroup
@@ -38,13 +38,13 @@ class EnclaveMasks:
 
     Args:
         groups: the model's linear groups, in order.
-        codes: int8, shape (N, K), by group.
+        codes: by group.
         threads: CPU threads to compute with.
     """
 
     peers: tuple[str, ...] = ()
 
-    def __init__(self, groups: Sequence[LinearGroup], codes: dict[str, Tensor], threads: int) -> None:
+    def __init__(self, groups: Sequence[LinearGroup], codes: dict[str, Codes], threads: int) -> None:
         self._threads = threads
         self._numbers = {group.name: number for number, group in enumerate(groups)}
         self._codes = codes
@@ -52,7 +52,7 @@ class EnclaveMasks:
 
     def rows(self, group: str, first: int, count: int) -> Tensor:
         """See ``MaskSource.rows``."""
-        return self._key.rows(self._numbers[group], first, count, self._codes[group].shape[1])
+        return self._key.rows(self._numbers[group], first, count, self._codes[group].inputs)
 
     def start(self, group: str, first: int, count: int) -> Callable[[], Tensor]:
         """See ``MaskSource.start``. Nothing is computed before the call."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tsqp.arith.keystream import KEY_BYTES, MAX_ROWS, keystream_rows
 from tsqp.errors import ExactnessError, MaskReuseError
-from tsqp.wire.codec import Claim
 
 
 class MaskKey:
@@ -85,10 +84,12 @@ class MaskRows:
     Attributes:
         first: number of the first row.
         u_MN: int32, shape (M, N).
+        r_MK: the rows' mask words, int32 of shape (M, K), where they have been made ahead.
     """
 
     first: int
     u_MN: Tensor
+    r_MK: Tensor | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         raise MaskReuseError("mask products determine masks; they must not leave their process.")
@@ -106,7 +107,7 @@ class Mask:
         self._rows = rows
         self._words = words
         self._lock = threading.Lock()
-        self._used = False
+        self._used = self._taken_off = False
 
     def __repr__(self) -> str:
         return f"Mask({self.count} rows, not shown)"
@@ -119,8 +120,12 @@ class Mask:
         """How many rows it hides."""
         return sum(len(part.u_MN) for part in self._rows)
 
-    def add(self, xq_MK: Tensor) -> Tensor:
+    def add(self, xq_MK: Tensor, out_MK: Tensor | None = None) -> Tensor:
         """Return x + r modulo 2^32, the words to send: int32, shape (M, K).
+
+        Args:
+            xq_MK: int32.
+            out_MK: where to store them, perhaps memory that a peer watches: each word is written once, finished.
 
         Raises:
             MaskReuseError: this mask has hidden something already.
@@ -132,20 +137,25 @@ class Mask:
             self._used = True
         if len(xq_MK) != self.count:
             raise ExactnessError(f"a mask of {self.count} rows cannot hide {len(xq_MK)}.")
-        xm_MK = torch.empty_like(xq_MK)
+        xm_MK = torch.empty_like(xq_MK) if out_MK is None else out_MK
         done = 0
         for part in self._rows:
             rows = slice(done, done + len(part.u_MN))
-            torch.add(xq_MK[rows], self._words(part.first, len(part.u_MN)), out=xm_MK[rows])
+            r_MK = self._words(part.first, len(part.u_MN)) if part.r_MK is None else part.r_MK
+            torch.add(xq_MK[rows], r_MK, out=xm_MK[rows])
             done = rows.stop
         return xm_MK
 
-    def remove(self, claim: Claim) -> Claim:
-        """Return the claim about x W that a claim about (x + r) W makes. Overwrites it; still nothing is checked."""
-        y_MN = claim.unverified()
-        done = 0
-        for part in self._rows:
-            rows = slice(done, done + len(part.u_MN))
-            y_MN[rows] -= part.u_MN
-            done = rows.stop
-        return Claim(y_MN, claim.source)
+    def products(self) -> tuple[Tensor, ...]:
+        """Return what the mask adds to products, once: u for consecutive rows, int32 of shape (rows, N).
+
+        Raises:
+            MaskReuseError: they were given before, or the mask has hidden nothing yet.
+        """
+        with self._lock:
+            if not self._used:
+                raise MaskReuseError("a mask that hides nothing was about to be taken off.")
+            if self._taken_off:
+                raise MaskReuseError("a mask was about to be taken off a second time.")
+            self._taken_off = True
+        return tuple(part.u_MN for part in self._rows)

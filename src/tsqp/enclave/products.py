@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from tsqp.enclave.freivalds import Checker
+from tsqp.enclave.freivalds import Checker, Expectation
 from tsqp.enclave.mask_pool import MaskPool
+from tsqp.enclave.masks import Mask
 from tsqp.enclave.session import Session
 from tsqp.errors import HostileError, IntegrityError, InternalError, TransportError
 from tsqp.meter import Meter
 from tsqp.model.architecture import LinearGroup
+from tsqp.model.overlap import Pending
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Claim
 from tsqp.wire.messages import TensorSpec
+
+
+class Answer(NamedTuple):
+    """What a worker claims a product to be, perhaps in memory that it can still change, until ``release`` is called."""
+
+    claim: Claim
+    release: Callable[[], None]
+
+
+class _Request(NamedTuple):
+    """What is sent, and sent again where the link fails.
+
+    In shared memory the worker could change it before it is sent again. It would learn nothing by that, since the words
+    are its own then, and the check would fail.
+    """
+
+    group: str
+    spec: TensorSpec
+    frame: memoryview
+
+
+class _Sent(NamedTuple):
+    """A request on its way: its number, and over which link."""
+
+    session: Session
+    request_id: int
 
 
 class ExactWorker:
@@ -43,38 +75,82 @@ class ExactWorker:
         """The worker's name, for messages."""
         return f"worker {self.session.peer}"
 
-    def multiply(self, group: str, x_MK: Tensor) -> Claim:
-        """Send integers or masked words; return what the worker claims their products to be.
+    def start(self, group: str, rows: int, write: Callable[[Tensor], None]) -> Callable[[], Answer]:
+        """Send integers or masked words; call the result for what the worker claims their products to be.
 
         Args:
             group: the linear group's name.
-            x_MK: int32, contiguous. A retry sends this very memory, so that a mask hides one input only.
+            rows: how many, M.
+            write: stores them in an int32 tensor (M, K), which may be shared with the worker: each word once. Called
+                once; a retry sends what was written then, so that a mask hides one input only.
 
         Raises:
-            TransportError: the link failed, and failed again.
-            ProtocolError: the reply is malformed.
+            TransportError: the link failed, and failed again; also when the answer is collected.
+            ProtocolError: the reply is malformed; when the answer is collected.
         """
-        for left in reversed(range(self._retries + 1)):
+        spec = TensorSpec("int32", (rows, self._groups[group].in_features))
+        x_MK, frame = self._room(spec)
+        try:
+            write(x_MK)
+        except BaseException:
+            self.session.discard(frame)
+            raise
+        request = _Request(group, spec, frame)
+        try:
+            return partial(self._collect, request, self._send(request), self._retries + 1)
+        except TransportError:
+            if not self._retries:
+                raise
+            return partial(self._collect, request, None, self._retries)
+
+    def _room(self, spec: TensorSpec) -> tuple[Tensor, memoryview]:
+        """Return a tensor to write and its frame; private memory where the link is lost."""
+        if not self._lost:
             try:
-                if self._lost:
-                    self.session, self._lost = self._open_session(), False
-                return self._multiply(group, x_MK)
+                return self.session.room(spec)
+            except TransportError:
+                self._lose()
+        x_MK = torch.empty(spec.shape, dtype=torch.int32)
+        return x_MK, codec.frame_of(x_MK)
+
+    def _collect(self, request: _Request, sent: _Sent | None, attempts: int) -> Answer:
+        for left in reversed(range(attempts)):
+            try:
+                if sent is None or sent.session is not self.session or self._lost:
+                    sent = self._send(request)
+                return self._received(request, sent)
             except TransportError:  # noqa: PERF203  one try for each attempt
-                if not self._lost:
-                    self.session.close()
-                    self._lost = True
+                self._lose()
                 if not left:
                     raise
-        raise InternalError(f"linear {group}: no attempt was made.")
+        raise InternalError(f"linear {request.group}: no attempt was made.")
 
-    def _multiply(self, group: str, x_MK: Tensor) -> Claim:
-        operation = f"linear {group}"
-        request_id = self.session.submit(
-            lambda i: messages.LinearExact(id=i, group=group, x=codec.spec_of(x_MK)), [codec.frame_of(x_MK)], operation
-        )
-        reply, frames = self.session.result(request_id, messages.Result)
-        expect = TensorSpec("int32", (len(x_MK), self._groups[group].rows))
-        return codec.claim(reply, frames, expect, f"{operation} from {self.peer}")
+    def _send(self, request: _Request) -> _Sent:
+        """Send over the link, opened anew if it was lost. All that was in flight is lost with a link."""
+        try:
+            if self._lost:
+                self.session, self._lost = self._open_session(), False
+            header = partial(messages.LinearExact, group=request.group, x=request.spec)
+            number = self.session.submit(lambda i: header(id=i), [request.frame], f"linear {request.group}")
+            return _Sent(self.session, number)
+        except TransportError:
+            self._lose()
+            raise
+
+    def _lose(self) -> None:
+        if not self._lost:
+            self.session.close()
+            self._lost = True
+
+    def _received(self, request: _Request, sent: _Sent) -> Answer:
+        reply, delivery = sent.session.delivered(sent.request_id, messages.Result)
+        expect = TensorSpec("int32", (request.spec.shape[0], self._groups[request.group].rows))
+        claim = codec.claim(reply, delivery.frames, expect, f"linear {request.group} from {self.peer}")
+        return Answer(claim, delivery.release)
+
+    def abandon(self) -> None:
+        """Forget what is on its way and will not be collected."""
+        self.session.abandon()
 
     def close(self) -> None:
         """Close the link."""
@@ -102,40 +178,65 @@ class CheckedProducts:
         self._meter = meter
         self._distrusted: str | None = None
 
-    def __call__(self, group: str, xq_MK: Tensor) -> Tensor:
-        """See ``Products``.
+    def start(self, group: str, xq_MK: Tensor) -> Pending:
+        """See ``Products.start``.
 
         Raises:
-            IntegrityError: a row is wrong, or one was before; nothing of the reply has been used.
+            IntegrityError: a row is wrong, or one was before; nothing of the reply has been used. When it is collected.
             ProtocolError: a reply is malformed.
+        """
+        with self._distrusting():
+            mask = self._pool.take(group, len(xq_MK)) if self._pool is not None else None
+            answer = self._worker.start(group, len(xq_MK), partial(self._write, xq_MK, mask))
+            with self._meter.span("ahead"):
+                expectation = self._checkers[group].expect(xq_MK)
+                if self._pool is not None:
+                    self._pool.make_words_ahead(group, len(xq_MK))
+            return partial(self._collect, group, expectation, mask, answer)
+
+    def _write(self, xq_MK: Tensor, mask: Mask | None, out_MK: Tensor) -> None:
+        """Store what may leave; the worker may be watching."""
+        if mask is None:
+            out_MK.copy_(xq_MK)
+            return
+        with self._meter.span("mask"):
+            mask.add(xq_MK, out_MK)
+
+    def _collect(
+        self, group: str, expectation: Expectation, mask: Mask | None, answered: Callable[[], Answer]
+    ) -> Tensor:
+        with self._distrusting():
+            answer = answered()
+            with self._meter.span("check"):
+                u = mask.products() if mask is not None else ()
+                y_MN = self._checkers[group].verified(answer.claim, expectation, self._peers, u)
+            answer.release()
+            self._meter.verified_rows += len(y_MN)
+            return y_MN
+
+    @property
+    def _peers(self) -> tuple[str, ...]:
+        """Who contributes to a product."""
+        return (self._worker.peer, *(self._pool.peers if self._pool else ()))
+
+    @contextmanager
+    def _distrusting(self) -> Iterator[None]:
+        """Refuse after a wrong product; put everyone out of use where this is one.
+
+        A product that was being fetched meanwhile may have been wrong, so the pool is asked again at the end.
         """
         if self._distrusted:
             raise IntegrityError(f"out of use since a wrong product: {self._distrusted}")
         try:
-            return self._in_clear(group, xq_MK) if self._pool is None else self._masked(group, xq_MK, self._pool)
+            yield
         except HostileError as error:
             self._distrusted = str(error)
             if self._pool is not None:
                 self._pool.distrust(str(error))
             raise
+        if self._pool is not None:
+            self._pool.check_trusted()
 
-    def _in_clear(self, group: str, xq_MK: Tensor) -> Tensor:
-        claim = self._worker.multiply(group, xq_MK.contiguous())
-        return self._verified(group, claim, xq_MK, (self._worker.peer,))
-
-    def _masked(self, group: str, xq_MK: Tensor, pool: MaskPool) -> Tensor:
-        mask = pool.take(group, len(xq_MK))
-        with self._meter.span("mask"):
-            xm_MK = mask.add(xq_MK)
-        claim = self._worker.multiply(group, xm_MK)
-        with self._meter.span("unmask"):
-            unmasked = mask.remove(claim)
-        y_MN = self._verified(group, unmasked, xq_MK, (self._worker.peer, *pool.peers))
-        pool.check_trusted()
-        return y_MN
-
-    def _verified(self, group: str, claim: Claim, xq_MK: Tensor, peers: tuple[str, ...]) -> Tensor:
-        with self._meter.span("check"):
-            y_MN = self._checkers[group].verified(claim, xq_MK, peers)
-        self._meter.verified_rows += len(y_MN)
-        return y_MN
+    def abandon(self) -> None:
+        """See ``Products.abandon``. Masks that were put on stay used up."""
+        self._worker.abandon()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tsqp.enclave.session import Session
-from tsqp.errors import ProtocolError
+from tsqp.errors import InputError, ProtocolError
 from tsqp.model.architecture import LlamaConfig, linear_groups, norm_shapes
-from tsqp.wire import codec, messages
+from tsqp.model.overlap import Pending
+from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyRequest, TensorSpec
 
 
@@ -20,7 +22,7 @@ class OpenOps:
     Args:
         session: a session whose worker has been checked to hold the model.
         config: the model's architecture.
-        wire_dtype: dtype in which activations travel both ways.
+        wire_dtype: dtype in which activations travel both ways: a float dtype, or int8 with one scale per token.
     """
 
     def __init__(self, session: Session, config: LlamaConfig, wire_dtype: torch.dtype) -> None:
@@ -28,37 +30,34 @@ class OpenOps:
         self._config = config
         self._dtype = wire_dtype
         self._wire = codec.dtype_name(wire_dtype)
+        self._extra = int8_rows.SCALE_BYTES if wire_dtype == torch.int8 else 0
         self._rows = {group.name: group.rows for group in linear_groups(config)}
 
-    def embedding(self, ids_M: Tensor) -> Tensor:
+    def embedding(self, ids_M: Tensor) -> Pending:
         """See ``LinearOps.embedding``. The worker sees the token ids."""
-        expect = TensorSpec(self._wire, (len(ids_M), self._config.hidden_size))
-        ids_M = ids_M.contiguous()
-        return self._product(
-            lambda i: messages.Embedding(id=i, ids=codec.spec_of(ids_M), dtype=self._wire),
-            (ids_M,),
-            expect,
-            "embedding",
-        )
+        header = partial(messages.Embedding, ids=codec.spec_of(ids_M), dtype=self._wire)
+        expect = TensorSpec(self._wire, (len(ids_M), self._config.hidden_size + self._extra))
+        return self._product(lambda i: header(id=i), (ids_M,), expect, "embedding")
 
-    def linear(self, group: str, x_MK: Tensor) -> Tensor:
+    def linear(self, group: str, x_MK: Tensor) -> Pending:
         """See ``LinearOps.linear``. The worker sees the activations."""
-        x_MK = x_MK.to(self._dtype).contiguous()
-        expect = TensorSpec(self._wire, (len(x_MK), self._rows[group]))
-        return self._product(
-            lambda i: messages.Linear(id=i, group=group, x=codec.spec_of(x_MK)),
-            (x_MK,),
-            expect,
-            f"linear {group}",
-        )
+        rows, inputs = x_MK.shape
+        header = partial(messages.Linear, group=group, x=TensorSpec(self._wire, (rows, inputs + self._extra)))
+        expect = TensorSpec(self._wire, (rows, self._rows[group] + self._extra))
+        x = int8_rows.encode(x_MK) if self._extra else x_MK
+        return self._product(lambda i: header(id=i), (x,), expect, f"linear {group}")
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """See ``LinearOps.matmul``. The worker sees both activations."""
-        a, b = a.to(self._dtype).contiguous(), b.to(self._dtype).contiguous()
+        """See ``LinearOps.matmul``. The worker sees both activations.
+
+        Raises:
+            InputError: the wire dtype is int8, whose scales are of tokens.
+        """
+        if self._extra:
+            raise InputError("attention's products cannot travel as int8: choose another wire dtype.")
+        first, second = (TensorSpec(self._wire, tuple(x.shape)) for x in (a, b))
         expect = TensorSpec(self._wire, (*a.shape[:-1], b.shape[-1]))
-        return self._product(
-            lambda i: messages.MatMul(id=i, a=codec.spec_of(a), b=codec.spec_of(b)), (a, b), expect, "matmul"
-        )
+        return self._product(lambda i: messages.MatMul(id=i, a=first, b=second), (a, b), expect, "matmul")()
 
     def state(self) -> dict[str, Tensor]:
         """Fetch the norm weights from the worker; their names and shapes must be the model's."""
@@ -71,13 +70,22 @@ class OpenOps:
         return {name: value.clone() for name, value in state.items()}
 
     def _product(
-        self,
-        make: Callable[[int], AnyRequest],
-        operands: tuple[Tensor, ...],
-        expect: TensorSpec,
-        operation: str,
-    ) -> Tensor:
-        request_id = self._session.submit(make, [codec.frame_of(x) for x in operands], operation)
-        reply, frames = self._session.result(request_id, messages.Result)
-        claim = codec.claim(reply, frames, expect, f"{operation} from {self._session.peer}")
-        return claim.unverified().float()
+        self, make: Callable[[int], AnyRequest], operands: tuple[Tensor, ...], expect: TensorSpec, operation: str
+    ) -> Pending:
+        frames = [self._session.framed(x, self._dtype if x.is_floating_point() else x.dtype) for x in operands]
+        request_id = self._session.submit(make, frames, operation)
+
+        def collect() -> Tensor:
+            reply, delivery = self._session.delivered(request_id, messages.Result)
+            claim = codec.claim(reply, delivery.frames, expect, f"{operation} from {self._session.peer}")
+            y = claim.unverified()
+            real = int8_rows.decode(y) if self._extra else y.to(torch.float32, copy=delivery.shared)
+            delivery.release()
+            frames.clear()  # they had to stay until now
+            return real
+
+        return collect
+
+    def abandon(self) -> None:
+        """See ``LinearOps.abandon``."""
+        self._session.abandon()

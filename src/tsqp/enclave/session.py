@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
 
 from tsqp import __version__
 from tsqp.errors import (
@@ -18,9 +22,9 @@ from tsqp.errors import (
 )
 from tsqp.meter import Meter
 from tsqp.model.architecture import LinearGroup
-from tsqp.transport.base import Buffer, ClientTransport
+from tsqp.transport.base import Buffer, ClientTransport, Delivery
 from tsqp.wire import codec, messages
-from tsqp.wire.messages import AnyReply, AnyRequest, Failure
+from tsqp.wire.messages import AnyReply, AnyRequest, Failure, TensorSpec
 
 ReplyType = TypeVar("ReplyType", messages.Welcome, messages.Result, messages.StateResult, messages.StatsResult)
 
@@ -48,13 +52,43 @@ class Session:
         self._timeout_s = request_timeout_s
         self._next_id = 1
         self._waiting: dict[int, str] = {}
-        self._arrived: dict[int, tuple[AnyReply, Sequence[Buffer]]] = {}
+        self._arrived: dict[int, tuple[AnyReply, Delivery]] = {}
+        self._abandoned: set[int] = set()
         self.meter = meter or Meter()
 
     @property
     def peer(self) -> str:
         """The worker's address, for messages."""
         return self._transport.peer
+
+    def room(self, spec: TensorSpec) -> tuple[Tensor, memoryview]:
+        """Return a tensor to write, once, and the frame to submit for it.
+
+        It lies in memory shared with the worker where there is such memory and room in it: the worker sees at once what
+        is written, and only finished words may be. A frame that is not submitted is to be discarded.
+        """
+        dtype = codec.TORCH_DTYPES[spec.dtype]
+        size = math.prod(spec.shape) * dtype.itemsize
+        slot = self._transport.allocate(size) if size else None
+        if slot is not None:
+            return codec.tensor_of(spec, slot), slot
+        x = torch.empty(spec.shape, dtype=dtype)
+        return x, codec.frame_of(x)
+
+    def framed(self, x: Tensor, dtype: torch.dtype) -> memoryview:
+        """Return a frame of a tensor in a dtype, to submit: in shared memory if there is room, else in private memory.
+
+        That may be the tensor's own, which must not change until the reply has come. Only what may leave is given.
+        """
+        slot = self._transport.allocate(x.numel() * dtype.itemsize) if x.numel() else None
+        if slot is None:
+            return codec.frame_of(x.to(dtype))
+        codec.tensor_of(TensorSpec(codec.dtype_name(dtype), tuple(x.shape)), slot).copy_(x)
+        return slot
+
+    def discard(self, frame: memoryview) -> None:
+        """Give back a frame of ``room`` that is not submitted."""
+        self._transport.discard(frame)
 
     def submit(self, make: Callable[[int], AnyRequest], frames: Sequence[Buffer] = (), operation: str = "") -> int:
         """Send a request without waiting.
@@ -78,8 +112,11 @@ class Session:
         self._next_id += 1
         header = make(request_id)
         message = [messages.encode(header), *frames]
+        operation = operation or type(header).__name__.lower()
+        if self.meter.recorder is not None:
+            self.meter.recorder.sent(request_id, operation)
         self._transport.send(message)
-        self._waiting[request_id] = operation or type(header).__name__.lower()
+        self._waiting[request_id] = operation
         self.meter.round_trips += 1
         self.meter.bytes_sent += sum(map(len, message))
         return request_id
@@ -87,7 +124,21 @@ class Session:
     def result(
         self, request_id: int, kind: type[ReplyType], timeout_s: float | None = None
     ) -> tuple[ReplyType, Sequence[Buffer]]:
-        """Wait for one reply; others that come meanwhile are kept for their own callers.
+        """Wait for one reply; return it and its tensor frames, which are the enclave's own.
+
+        Args and errors are those of ``delivered``.
+        """
+        reply, delivery = self.delivered(request_id, kind, timeout_s)
+        return reply, delivery.private()
+
+    def delivered(
+        self, request_id: int, kind: type[ReplyType], timeout_s: float | None = None
+    ) -> tuple[ReplyType, Delivery]:
+        """Wait for one reply and leave its tensor frames where they are, perhaps in memory that the worker can change.
+
+        For callers that read every word exactly once, such as one that unmasks into memory of its own, and then call
+        ``Delivery.release``. Other replies that come meanwhile are copied and kept for their own callers: left in place
+        they could take the room that the awaited one needs.
 
         Args:
             request_id: from ``submit``.
@@ -110,8 +161,12 @@ class Session:
                 self._receive(request_id, max(0.0, left), limit)
         finally:
             self.meter.waited_ns += time.monotonic_ns() - started
-        reply, frames = self._arrived.pop(request_id)
+            if self.meter.recorder is not None:
+                self.meter.recorder.span("waiting", started)
+        reply, delivery = self._arrived.pop(request_id)
         operation = self._waiting.pop(request_id)
+        if not isinstance(reply, kind):
+            delivery.release()
         if isinstance(reply, Failure):
             raise _failure(reply, operation, f"{self._role} {self.peer}")
         if not isinstance(reply, kind):
@@ -120,24 +175,39 @@ class Session:
             )
         if isinstance(reply, messages.Result):
             self.meter.compute_ns += reply.compute_ns
-        return reply, frames
+            if self.meter.recorder is not None:
+                self.meter.recorder.taken(request_id, reply.started_ns, reply.compute_ns)
+        return reply, delivery
 
     def _receive(self, awaited: int, timeout_s: float, limit_s: float) -> None:
         try:
-            frames = self._transport.receive(timeout_s)
+            delivery = self._transport.receive(timeout_s)
         except TransportTimeoutError as error:
             raise TransportTimeoutError(
                 f"{self._waiting[awaited]}: the {self._role} at {self.peer} did not answer within {limit_s:g} s "
                 "(TSQP_REQUEST_TIMEOUT_S sets the limit)."
             ) from error
-        self.meter.bytes_received += sum(map(len, frames))
+        self.meter.bytes_received += sum(map(len, delivery.frames))
         try:
-            reply, tensors = codec.decode_reply(frames)
+            reply, tensors = codec.decode_reply(delivery.frames)
         except ProtocolError as error:
             raise ProtocolError(f"{self._waiting[awaited]} at {self.peer}: {error}") from error
+        if reply.id in self._abandoned:
+            self._abandoned.remove(reply.id)
+            delivery.release()
+            return
         if reply.id not in self._waiting or reply.id in self._arrived:
             raise ProtocolError(f"{self.peer} answered a request that is not in flight.")
-        self._arrived[reply.id] = (reply, tensors)
+        if self.meter.recorder is not None:
+            self.meter.recorder.arrived(reply.id)
+        delivery = Delivery(tensors, delivery.shared, delivery.release)
+        self._arrived[reply.id] = (reply, delivery if reply.id == awaited else Delivery(delivery.private()))
+
+    def abandon(self) -> None:
+        """Forget every request in flight: their replies are dropped when they come."""
+        self._abandoned |= self._waiting.keys() - self._arrived.keys()
+        self._waiting.clear()
+        self._arrived.clear()
 
     def hello(self, timeout_s: float) -> messages.Welcome:
         """Ask the worker who it is.
@@ -170,12 +240,14 @@ class Expected:
         digest: of the model; for integer levels, of its codes.
         dtype: of its weights.
         groups: the model's linear groups, in order.
+        wire_dtype: in which activations will travel; None at the integer levels.
     """
 
     serves: messages.Service
     digest: str
     dtype: str
     groups: tuple[LinearGroup, ...]
+    wire_dtype: str | None = None
 
 
 _ADVICE: dict[str, str] = {
@@ -206,6 +278,11 @@ def check_peer(welcome: messages.Welcome, expected: Expected, peer: str) -> None
         raise ModelMismatchError(
             f"the {_role(welcome)} at {peer} computes in {welcome.dtype}, this side asks for {expected.dtype}: "
             "start both with the same --dtype (LLAMA_DTYPE)."
+        )
+    if expected.wire_dtype is not None and expected.wire_dtype not in welcome.wire_dtypes:
+        raise ModelMismatchError(
+            f"the {_role(welcome)} at {peer} takes activations as {', '.join(welcome.wire_dtypes) or 'nothing'}, "
+            f"this side would send {expected.wire_dtype}: choose another wire dtype (TSQP_WIRE_DTYPE)."
         )
     ours = [(group.name, group.in_features, group.out_features) for group in expected.groups]
     theirs = [(group.name, group.in_features, group.out_features) for group in welcome.groups]

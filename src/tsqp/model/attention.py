@@ -1,12 +1,14 @@
-"""Causal self-attention of one prompt. It stays in the enclave unless its two products are sent out on request.
+"""Causal self-attention. It stays in the enclave unless its two products are sent out on request.
 
-Shapes: B batch, T tokens, N query heads, G key-value heads, H head size.
+Shapes: B batch, T tokens that ask, S tokens that are looked at (the last T of them are those that ask), N query heads,
+G key-value heads, H head size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,32 +16,58 @@ from torch.nn import functional
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 
+# Queries at a time: each block looks at the keys up to its own end, and none of the later half of a long prompt is
+# multiplied for nothing. Of 16 to 256 this was the fastest, for prompts from 128 tokens (docs/performance.md).
+_BLOCK = 64
 
-def causal_attention(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(H)) v with a causal mask, shape (B, T, N*H).
+
+def causal_mask(tokens: int, total: int) -> Tensor:
+    """Return what is added to the scores of the last ``tokens`` of ``total``: 0, or -inf for later tokens; (T, S)."""
+    return torch.full((tokens, total), -math.inf).triu(total - tokens + 1)
+
+
+@cache
+def _block_mask(total: int) -> Tensor:
+    """Return ``causal_mask`` of a block; that of fewer tokens, or with fewer before them, is its lower right part."""
+    return causal_mask(_BLOCK, total)
+
+
+def causal_attention(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:
+    """Return softmax(q k^T / sqrt(H)) v with a causal mask for the last tokens, shape (B, wanted, N*H).
 
     Key-value heads serve N/G query heads each (grouped-query attention, Ainslie et al. 2023).
+
+    Args:
+        q_BTNH: queries of the last T tokens.
+        k_BGSH: keys of all S.
+        v_BGSH: values of all S.
+        wanted: for how many of the T tokens. Their results are the same bits, however many they are.
     """
-    y_BNTH = functional.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2),
-        k_BTGH.transpose(1, 2),
-        v_BTGH.transpose(1, 2),
-        is_causal=True,
-        enable_gqa=k_BTGH.shape[2] != q_BTNH.shape[2],
-    )
-    return y_BNTH.transpose(1, 2).flatten(2)
+    tokens, total = q_BTNH.shape[1], k_BGSH.shape[2]
+    mask = _block_mask(max(_BLOCK, 1 << (total - 1).bit_length()))
+    y_BTNH = torch.empty_like(q_BTNH, memory_format=torch.contiguous_format)
+    for first in range((tokens - wanted) // _BLOCK * _BLOCK, tokens, _BLOCK):
+        end = min(tokens, first + _BLOCK)
+        seen = total - tokens + end
+        y_BNTH = functional.scaled_dot_product_attention(
+            q_BTNH[:, first:end].transpose(1, 2),
+            k_BGSH[:, :, :seen],
+            v_BGSH[:, :, :seen],
+            attn_mask=mask[_BLOCK - (end - first) :, mask.shape[1] - seen :],
+            enable_gqa=k_BGSH.shape[1] != q_BTNH.shape[2],
+        )
+        y_BTNH[:, first:end] = y_BNTH.transpose(1, 2)
+    return y_BTNH[:, tokens - wanted :].flatten(2)
 
 
-def offloaded_attention(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, matmul: MatMul) -> Tensor:
-    """Compute the same with both products done by ``matmul``; mask and softmax stay here.
+def offloaded_attention(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int, matmul: MatMul) -> Tensor:
+    """Compute the same with both products done by ``matmul``, for all T tokens; mask and softmax stay here.
 
     The worker then sees queries, keys, attention weights and values in clear: for `open` only.
     """
-    heads, tokens, head_size = q_BTNH.shape[2], q_BTNH.shape[1], q_BTNH.shape[3]
-    repeats = heads // k_BTGH.shape[2]
-    k_BNTH = k_BTGH.transpose(1, 2).repeat_interleave(repeats, dim=1)
-    v_BNTH = v_BTGH.transpose(1, 2).repeat_interleave(repeats, dim=1)
-    scores_BNTT = matmul(q_BTNH.transpose(1, 2) / math.sqrt(head_size), k_BNTH.transpose(2, 3))
-    future_TT = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    weights_BNTT = scores_BNTT.masked_fill(future_TT, -math.inf).softmax(dim=-1)
-    return matmul(weights_BNTT, v_BNTH).transpose(1, 2).flatten(2)
+    tokens, heads, head_size = q_BTNH.shape[1:]
+    repeats = heads // k_BGSH.shape[1]
+    k_BNSH, v_BNSH = k_BGSH.repeat_interleave(repeats, dim=1), v_BGSH.repeat_interleave(repeats, dim=1)
+    scores_BNTS = matmul(q_BTNH.transpose(1, 2) / math.sqrt(head_size), k_BNSH.transpose(2, 3))
+    weights_BNTS = scores_BNTS.add(causal_mask(tokens, k_BNSH.shape[2])).softmax(dim=-1)
+    return matmul(weights_BNTS, v_BNSH).transpose(1, 2)[:, tokens - wanted :].flatten(2)

@@ -6,36 +6,60 @@ a packed model, `verified` and `masked` give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tsqp.arith.quantize import dequantize, quantize_activations
-from tsqp.arith.ring import multiply
+from tsqp.arith.ring import Codes, multiply
 from tsqp.errors import InputError
 from tsqp.meter import Meter
+from tsqp.model.overlap import Pending
 from tsqp.model.packed import PackedEnclave
 from tsqp.threads import using_threads
 
-# Given a group's name and int32 (M, K) within its exact range, return the int32 (M, N) products, known to be right.
-Products = Callable[[str, Tensor], Tensor]
+
+class Products(Protocol):
+    """Who multiplies integers."""
+
+    def start(self, group: str, xq_MK: Tensor) -> Pending:
+        """Ask for products.
+
+        Args:
+            group: the linear group's name.
+            xq_MK: int32 within the group's exact range.
+
+        Returns:
+            To be called for the int32 (M, N) products, known to be right, in memory that the caller may overwrite.
+        """
+
+    def abandon(self) -> None:
+        """Forget what has been asked for and will not be collected."""
 
 
 class LocalProducts:
     """Products computed in this process.
 
     Args:
-        codes: int8, shape (N, K), by group.
+        codes: by group.
         threads: CPU threads to compute with.
     """
 
-    def __init__(self, codes: Mapping[str, Tensor], threads: int) -> None:
+    def __init__(self, codes: Mapping[str, Codes], threads: int) -> None:
         self._codes = codes
         self._threads = threads
 
-    def __call__(self, group: str, xq_MK: Tensor) -> Tensor:
-        """See ``Products``."""
+    def start(self, group: str, xq_MK: Tensor) -> Pending:
+        """See ``Products.start``. Nothing is computed before the call."""
+        return partial(self._multiply, group, xq_MK)
+
+    def abandon(self) -> None:
+        """See ``Products.abandon``. Nothing is on its way."""
+
+    def _multiply(self, group: str, xq_MK: Tensor) -> Tensor:
         with using_threads(self._threads):
             return multiply(xq_MK, self._codes[group])
 
@@ -55,27 +79,36 @@ class ExactOps:
         self._norms = packed.largest_norms
         self._meter = meter
 
-    def embedding(self, ids_M: Tensor) -> Tensor:
+    def embedding(self, ids_M: Tensor) -> Pending:
         """See ``LinearOps.embedding``. Always looked up here: a token id cannot be masked."""
+        return partial(self._look_up, ids_M)
+
+    def _look_up(self, ids_M: Tensor) -> Tensor:
         vocabulary = len(self._packed.embedding_VD)
         if ids_M.numel() and not 0 <= int(ids_M.min()) <= int(ids_M.max()) < vocabulary:
             raise InputError(f"a token id lies outside the vocabulary of {vocabulary}.")
         return self._packed.embedding_VD[ids_M].float()
 
-    def linear(self, group: str, x_MK: Tensor) -> Tensor:
+    def linear(self, group: str, x_MK: Tensor) -> Pending:
         """See ``LinearOps.linear``.
 
         Raises:
             InputError: an activation is infinite or not a number.
-            IntegrityError: a product was wrong.
+            IntegrityError: a product was wrong; when it is collected.
         """
         with self._meter.span("quantise"):
             xq_MK, scale_M1 = quantize_activations(x_MK, self._norms[group])
-        y_MN = self._products(group, xq_MK)
+        return partial(self._scaled, group, scale_M1, self._products.start(group, xq_MK))
+
+    def _scaled(self, group: str, scale_M1: Tensor, products: Pending) -> Tensor:
+        y_MN = products()
         with self._meter.span("quantise"):
-            real_MN = dequantize(y_MN, scale_M1, self._packed.scales[group])
             bias_N = self._packed.biases.get(group)
-            return real_MN if bias_N is None else real_MN.add_(bias_N)
+            return dequantize(y_MN, scale_M1, self._packed.scales[group], bias_N, y_MN.view(torch.float32))
+
+    def abandon(self) -> None:
+        """See ``LinearOps.abandon``."""
+        self._products.abandon()
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """See ``LinearOps.matmul``. Both operands are secret, so nobody else is asked."""

@@ -52,14 +52,14 @@ class RotaryTable:
         self._frequencies = rope_frequencies(config)
         self._cos_TH = self._sin_TH = torch.empty(0, config.head_size)
 
-    def upto(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of positions 0 to tokens - 1, each (T, H); the sine's first half is negated."""
-        if tokens > len(self._cos_TH):
-            angles = torch.outer(torch.arange(tokens, dtype=torch.float32), self._frequencies)
+    def between(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of positions first to end - 1, each (T, H); the sine's first half is negated."""
+        if end > len(self._cos_TH):
+            angles = torch.outer(torch.arange(end, dtype=torch.float32), self._frequencies)
             sin = angles.sin()
             self._cos_TH = angles.cos().repeat(1, 2)
             self._sin_TH = torch.cat((-sin, sin), dim=-1)
-        return self._cos_TH[:tokens], self._sin_TH[:tokens]
+        return self._cos_TH[first:end], self._sin_TH[first:end]
 
 
 def rotate(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

@@ -168,6 +168,26 @@ class Linears:
             InputError: no such group, or x has another shape.
             DeviceMemoryError: the device has no room for the product.
         """
+        group = self.check(name, x_MK)
+        if member is None:
+            return self.multiply(name, x_MK)
+        w_NK, bias_N = self._plain_weight(name).split(group.out_features)[member], self._biases.get(name)
+        bias_N = None if bias_N is None else bias_N.split(group.out_features)[member]
+        with memory_errors(f"linear {name}", self.device):
+            return product(x_MK.to(self.device, self.dtype), w_NK, bias_N)
+
+    @torch.inference_mode()
+    def multiply(self, name: str, x_MK: Tensor) -> Tensor:
+        """Multiply rows that ``check`` has accepted by one group's weights; see ``linear``."""
+        with memory_errors(f"linear {name}", self.device):
+            return product(x_MK.to(self.device, self.dtype), self._weights[name], self._biases.get(name))
+
+    def check(self, name: str, x_MK: Tensor) -> LinearGroup:
+        """Return the group ``name`` if x can be multiplied by its weights.
+
+        Raises:
+            InputError: no such group, x has another shape, or the result would be too large.
+        """
         group = self.groups.get(name)
         if group is None:
             raise InputError(f"no linear group is named {name!r}.")
@@ -175,13 +195,8 @@ class Linears:
             raise InputError(
                 f"linear {name} expects floats of shape [M, {group.in_features}], got {x_MK.dtype} {list(x_MK.shape)}."
             )
-        w_NK, bias_N = self._weights[name], self._biases.get(name)
-        if member is not None:
-            w_NK = self._plain_weight(name).split(group.out_features)[member]
-            bias_N = None if bias_N is None else bias_N.split(group.out_features)[member]
         bound_result((len(x_MK), group.rows))
-        with memory_errors(f"linear {name}", self.device):
-            return product(x_MK.to(self.device, self.dtype), w_NK, bias_N)
+        return group
 
     def _plain_weight(self, name: str) -> Tensor:
         if name not in self._plain:

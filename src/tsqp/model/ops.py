@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -9,23 +10,30 @@ from torch import Tensor
 
 from tsqp.model.architecture import norm_shapes
 from tsqp.model.linears import Linears
+from tsqp.model.overlap import Pending
 from tsqp.model.weights import Checkpoint
 
 
 class LinearOps(Protocol):
-    """What the forward pass asks for. Inputs and outputs are float32 on the CPU, whatever happens between."""
+    """What the forward pass asks for. Inputs and outputs are float32 on the CPU, whatever happens between.
 
-    def embedding(self, ids_M: Tensor) -> Tensor:
-        """Look up int64 token ids of shape (M,); return (M, D)."""
+    What may take a while is asked for first and collected later, by calling what ``embedding`` and ``linear`` return.
+    """
 
-    def linear(self, group: str, x_MK: Tensor) -> Tensor:
-        """Multiply (M, K) by the stacked weights of a group (``architecture.linear_groups``); return a fresh (M, N)."""
+    def embedding(self, ids_M: Tensor) -> Pending:
+        """Look up int64 token ids of shape (M,); gives (M, D)."""
+
+    def linear(self, group: str, x_MK: Tensor) -> Pending:
+        """Multiply (M, K) by the stacked weights of a group (``architecture.linear_groups``); gives a fresh (M, N)."""
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """Multiply activations (..., M, K) and (..., K, N)."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the non-linear parameters by checkpoint name, float32."""
+
+    def abandon(self) -> None:
+        """Forget what has been asked for and will not be collected."""
 
 
 class LocalOps:
@@ -40,12 +48,18 @@ class LocalOps:
         self._linears = linears
         self._state = state
 
-    def embedding(self, ids_M: Tensor) -> Tensor:
+    def embedding(self, ids_M: Tensor) -> Pending:
         """See ``LinearOps.embedding``."""
+        return partial(self._embedding, ids_M)
+
+    def _embedding(self, ids_M: Tensor) -> Tensor:
         return self._linears.embedding(ids_M).float()
 
-    def linear(self, group: str, x_MK: Tensor) -> Tensor:
+    def linear(self, group: str, x_MK: Tensor) -> Pending:
         """See ``LinearOps.linear``."""
+        return partial(self._linear, group, x_MK)
+
+    def _linear(self, group: str, x_MK: Tensor) -> Tensor:
         return self._linears.linear(group, x_MK).float()
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
@@ -55,6 +69,9 @@ class LocalOps:
     def state(self) -> dict[str, Tensor]:
         """See ``LinearOps.state``."""
         return self._state
+
+    def abandon(self) -> None:
+        """See ``LinearOps.abandon``. Nothing is on its way: products are computed when they are collected."""
 
 
 def read_state(linears: Linears, checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -1,4 +1,9 @@
-"""The interface every transport implements. Frames are bytes-like; the first frame of a message is its header."""
+"""The interface every transport implements. Frames are bytes-like; the first frame of a message is its header.
+
+A tensor is written once by its producer and computed on in place by its consumer where a transport allows it:
+``allocate`` gives a span of memory that the peer sees too, a slot; to send that slot copies nothing. Where there are no
+slots, or none free, it gives None, and the caller uses memory of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,36 @@ from typing import Protocol
 Buffer = bytes | bytearray | memoryview
 
 
+def _nothing() -> None:
+    pass
+
+
+def _no_slot(_size: int) -> memoryview | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message as a client receives it. The header is always a copy of its own.
+
+    Attributes:
+        frames: the message. Frames after the header may be views of memory that the peer can still change: read every
+            word of them once, and none after ``release``.
+        shared: whether some are.
+        release: gives the peer its memory back. May be called twice, and in another order than messages came.
+    """
+
+    frames: Sequence[Buffer]
+    shared: bool = False
+    release: Callable[[], None] = _nothing
+
+    def private(self) -> list[Buffer]:
+        """Return frames that nobody else can change, copied where need be, and release the message."""
+        frames: list[Buffer] = [bytearray(frame) for frame in self.frames] if self.shared else list(self.frames)
+        self.release()
+        return frames
+
+
 @dataclass(frozen=True, slots=True)
 class Incoming:
     """A message as a server receives it.
@@ -17,11 +52,15 @@ class Incoming:
         frames: the message itself. Over shared memory they are views that end with the reply.
         legacy: the message came in the envelope of the first published protocol.
         reply: queues the one reply this message has; a client that is gone loses it silently.
+        allocate: returns a writable slot of that many bytes for a frame of the reply, or None: no shared memory, no
+            room at the moment, a short frame, or the client is gone. Slots that are not in the reply are free again
+            once it is given.
     """
 
     frames: tuple[Buffer, ...]
     legacy: bool
     reply: Callable[[Sequence[Buffer]], None]
+    allocate: Callable[[int], memoryview | None] = _no_slot
 
 
 class ClientTransport(Protocol):
@@ -31,10 +70,20 @@ class ClientTransport(Protocol):
     def peer(self) -> str:
         """The worker's address, for messages."""
 
+    def allocate(self, size: int) -> memoryview | None:
+        """Return a writable slot of ``size`` bytes, or None: no shared memory, no room at the moment, or a short frame.
+
+        The peer sees what is written there at once, so only words that may leave are written. A slot ends with ``send``
+        of this very memoryview, and must not be touched from then on, or with ``discard``.
+        """
+
+    def discard(self, slot: memoryview) -> None:
+        """Give back a slot that is not sent. Anything else, such as a slot already sent, is let be."""
+
     def send(self, frames: Sequence[Buffer]) -> None:
         """Queue one message. Buffers must not change until the reply has come."""
 
-    def receive(self, timeout_s: float) -> list[Buffer]:
+    def receive(self, timeout_s: float) -> Delivery:
         """Wait for one message.
 
         Raises:

@@ -23,7 +23,8 @@ def open_client(endpoint: Endpoint, max_message_bytes: int, server_key: bytes | 
     if endpoint.scheme == "shm":
         if server_key is not None:
             raise ConfigError(f"{endpoint}: shared memory carries no encryption; with a key use tcp or ipc.")
-        from tsqp.transport.shm import ShmClient  # noqa: PLC0415  Linux only
+        from tsqp.transport import polled, shm  # noqa: PLC0415  Linux only
 
-        return ShmClient(endpoint, max_message_bytes)
+        connect = polled.connect_named if endpoint.is_named_region else shm.connect_socket
+        return connect(endpoint, max_message_bytes)
     return ZmqClient(endpoint, max_message_bytes, server_key)

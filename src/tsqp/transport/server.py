@@ -16,8 +16,8 @@ from tsqp.transport.keys import KeyPair
 from tsqp.transport.urls import Endpoint
 from tsqp.transport.zeromq import ZmqListener
 
-# How soon to try again where a reply waits for room.
-_RETRY_S = 0.001
+# A poll counts milliseconds; what is to take less is slept.
+_POLL_TICK_S = 0.001
 
 
 class Listener(Protocol):
@@ -28,6 +28,10 @@ class Listener(Protocol):
     """
 
     spin_s: float
+
+    @property
+    def pause_s(self) -> float:
+        """In how many seconds ``take`` should be called again though nothing is ready: 0 at once, infinity never."""
 
     @property
     def has_unsent(self) -> bool:
@@ -76,9 +80,7 @@ class Server:
         try:
             for endpoint in endpoints:
                 if endpoint.scheme == "shm":
-                    from tsqp.transport.shm import ShmListener  # noqa: PLC0415  Linux only
-
-                    self._listeners.append(ShmListener(endpoint, max_message_bytes, self._poller))
+                    self._listeners.append(_shared_memory(endpoint, max_message_bytes, self._poller))
             if sockets:
                 self._listeners.append(ZmqListener(sockets, max_message_bytes, self._poller, key))
         except BaseException:
@@ -88,10 +90,12 @@ class Server:
     def receive(self, timeout_s: float) -> Incoming | None:
         """Wait for one message; None when none came within ``timeout_s`` seconds, or the parent hung up."""
         deadline = time.monotonic() + timeout_s
+        left, looked = timeout_s, False
         while True:
-            left = max(0.0, deadline - time.monotonic())
-            wait_s = min(left, _RETRY_S) if any(listener.has_unsent for listener in self._listeners) else left
-            ready = self._spin(min(wait_s, self._spin_s)) or dict(self._poller.poll(math.ceil(wait_s * 1000)))
+            pause_s = min([listener.pause_s for listener in self._listeners])
+            # What is polled is looked at once before anything is waited for.
+            wait_s = min(left, pause_s) if looked or pause_s == math.inf else 0.0
+            ready = self._spin(min(wait_s, self._spin_s)) or self._poll(wait_s, yielding=looked)
             if self._hangup_fd in ready:
                 self.hung_up = True
                 return None
@@ -105,17 +109,37 @@ class Server:
             self._spin_s = 0.0
             if left == 0.0:
                 return None
+            left, looked = max(0.0, deadline - time.monotonic()), True
+
+    def _poll(self, limit_s: float, *, yielding: bool) -> dict[object, int]:
+        """Wait until something is ready, or for so long; return what is."""
+        if limit_s >= _POLL_TICK_S:
+            return dict(self._poller.poll(math.ceil(limit_s * 1000)))
+        if limit_s:
+            time.sleep(limit_s)
+        elif yielding:
+            os.sched_yield()
+        return dict(self._poller.poll(0))
 
     def _spin(self, limit_s: float) -> dict[object, int]:
         """Poll without sleeping, but let whoever wants the core have it; return what is ready."""
-        ready: dict[object, int] = {}
+        if not limit_s:
+            return {}
         end = time.perf_counter() + limit_s
-        while not ready and time.perf_counter() < end:
+        while not (ready := dict(self._poller.poll(0))) and time.perf_counter() < end:
             os.sched_yield()
-            ready = dict(self._poller.poll(0))
         return ready
 
     def close(self) -> None:
         """Close every link at once. May be called twice."""
         for listener in self._listeners:
             listener.close()
+
+
+def _shared_memory(endpoint: Endpoint, max_message_bytes: int, poller: zmq.Poller) -> Listener:
+    from tsqp.transport.polled import PolledListener  # noqa: PLC0415  Linux only
+    from tsqp.transport.shm import ShmListener  # noqa: PLC0415
+
+    if endpoint.is_named_region:
+        return PolledListener(endpoint, max_message_bytes)
+    return ShmListener(endpoint, max_message_bytes, poller)

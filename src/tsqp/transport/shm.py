@@ -1,38 +1,35 @@
-"""Shared-memory transport, ``shm:///path``: tensors in a region that both processes map, a UNIX socket as doorbell.
+"""Shared-memory transport, ``shm:///path``: tensors in a region that both processes map, and a doorbell beside it.
 
-The client makes the region, an anonymous file sealed against resizing, and hands its descriptor over when it connects:
-no name under /dev/shm, so nothing stale is left behind, and neither side can shrink it under the other. The worker
-computes on tensors in place; what is decoded or checked before it is used is copied out first, since the peer could
-change it in between: headers by the worker, everything by the enclave. docs/decisions/0007 says why it is built so.
+A path under /dev/shm names a region there, whose doorbells are polled (polled.py). At any other path a UNIX socket is
+the doorbell: the client makes the region, an anonymous file sealed against resizing, and hands its descriptor over when
+it connects, so that nothing stale is left behind and neither side can shrink it under the other. Both compute on
+tensors in place. What is decoded, or checked before it is used, is copied first: the peer could change it in between.
+docs/decisions/0007 says why it is built so.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import select
 import socket
 import time
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from zmq import POLLIN, Poller
 
-from tsqp.errors import InputError, ProtocolError, SetupError, TransportClosedError, TransportTimeoutError
+from tsqp.errors import ProtocolError, SetupError, TransportClosedError, TransportTimeoutError, TsqpError
 from tsqp.threads import available_cores
-from tsqp.transport.base import Buffer, Incoming
-from tsqp.transport.region import REFUSAL, Link, accept_region, hand_over, make_region
+from tsqp.transport.base import Buffer, Delivery, Incoming
+from tsqp.transport.guests import PATIENCE_S, RETRY_S, Guest, Guests
+from tsqp.transport.link import Link
+from tsqp.transport.region import REFUSAL, SocketBell, accept_region, hand_over, make_region
 from tsqp.transport.sockets import check_free, owner_only
 from tsqp.transport.urls import Endpoint
 
-_RETRY_S = 0.001
 _CONNECT_S = 5.0
-# A client that takes no reply, or hands no region over, for this long is dropped.
-_PATIENCE_S = 30.0
 _PAUSE_S = 1.0
+_LINK_ERRORS = (EOFError, OSError, ProtocolError)
 
 _log = logging.getLogger(__name__)
 
@@ -41,91 +38,99 @@ class ShmClient:
     """An enclave's link to a worker on the same machine.
 
     Args:
+        peer: the worker's address, for messages.
+        link: to it.
+    """
+
+    def __init__(self, peer: str, link: Link) -> None:
+        self.peer = peer
+        self._link = link
+
+    def allocate(self, size: int) -> memoryview | None:
+        """Return a slot in this side's half; see ``ClientTransport.allocate``."""
+        try:
+            return self._link.allocate(size)
+        except _LINK_ERRORS as error:
+            raise self._named(error) from error
+
+    def discard(self, slot: memoryview) -> None:
+        """Give back a slot that is not sent."""
+        self._link.discard(slot)
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        """Write one message into the region, but for slots, or queue it until there is room.
+
+        Raises:
+            InputError: it is larger than the region.
+        """
+        try:
+            self._link.send(frames)
+        except _LINK_ERRORS as error:
+            raise self._named(error) from error
+
+    def receive(self, timeout_s: float) -> Delivery:
+        """Wait for one message; see ``ClientTransport.receive``."""
+        deadline = time.monotonic() + timeout_s
+        left = timeout_s
+        while True:
+            try:
+                ready = self._link.bell.wait(min(left, RETRY_S) if self._link.has_unsent else left)
+                self._link.flush()
+                if ready:
+                    return self._link.receive()[1]
+            except _LINK_ERRORS as error:
+                raise self._named(error) from error
+            if left == 0.0:
+                raise TransportTimeoutError(f"{self.peer} did not answer within {timeout_s:g} s.")
+            left = max(0.0, deadline - time.monotonic())
+
+    def _named(self, error: Exception) -> TsqpError:
+        """Say who broke the link, and how."""
+        if isinstance(error, ConnectionRefusedError):
+            return SetupError(
+                f"the worker at {self.peer} refused the shared region: give both sides the same TSQP_MAX_MESSAGE_BYTES."
+            )
+        if isinstance(error, ProtocolError):
+            return ProtocolError(f"{self.peer}: {error}")
+        return TransportClosedError(f"the peer at {self.peer} closed the connection or died.")
+
+    def close(self) -> None:
+        """Close at once. May be called twice."""
+        self._link.bell.close()
+
+
+def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
+    """Connect to a worker through a UNIX socket.
+
+    Args:
         endpoint: where the worker listens.
         max_message_bytes: of one direction's half of the region. Pages cost memory only once they are used.
 
     Raises:
         SetupError: nothing listens there, or this machine has no room for the region.
     """
-
-    def __init__(self, endpoint: Endpoint, max_message_bytes: int) -> None:
-        self.peer = str(endpoint)
-        try:
-            region, descriptor = make_region(max_message_bytes)
-        except OSError as error:
-            raise SetupError(f"cannot make a shared region of {2 * max_message_bytes} bytes: {error}.") from error
-        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._connection.settimeout(_CONNECT_S)
-        try:
-            self._connection.connect(endpoint.path)
-            hand_over(self._connection, descriptor)
-        except OSError as error:
-            self._connection.close()
-            raise SetupError(
-                f"cannot connect to {self.peer}: {error.strerror or error}. Is the worker running? "
-                f"Start one with 'tsqp worker --listen {self.peer}'."
-            ) from error
-        finally:
-            os.close(descriptor)
-        self._link = Link(self._connection, region, client=True)
-        self._poll = select.poll()
-        self._poll.register(self._connection, select.POLLIN)
-
-    def send(self, frames: Sequence[Buffer]) -> None:
-        """Write one message into the region, or queue it until there is room.
-
-        Raises:
-            InputError: it is larger than the region.
-        """
-        with self._naming_the_peer():
-            self._link.send(frames)
-
-    def receive(self, timeout_s: float) -> list[Buffer]:
-        """Wait for one message and copy it out; see ``ClientTransport.receive``."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            left = max(0.0, deadline - time.monotonic())
-            ready = self._poll.poll(1000 * (min(left, _RETRY_S) if self._link.has_unsent else left))
-            with self._naming_the_peer():
-                self._link.flush()
-                if ready:
-                    frames: list[Buffer] = [bytearray(frame) for frame in self._link.receive()]
-                    self._link.consume()
-                    return frames
-            if left == 0.0:
-                raise TransportTimeoutError(f"{self.peer} did not answer within {timeout_s:g} s.")
-
-    @contextlib.contextmanager
-    def _naming_the_peer(self) -> Iterator[None]:
-        try:
-            yield
-        except ConnectionRefusedError as error:
-            raise SetupError(
-                f"the worker at {self.peer} refused the shared region: give both sides the same TSQP_MAX_MESSAGE_BYTES."
-            ) from error
-        except (EOFError, OSError) as error:
-            raise TransportClosedError(f"the peer at {self.peer} closed the connection or died.") from error
-        except ProtocolError as error:
-            raise ProtocolError(f"{self.peer}: {error}") from error
-
-    def close(self) -> None:
-        """Close at once. May be called twice."""
-        self._connection.close()
-
-
-@dataclass(slots=True)
-class _Client:
-    """A connection as the worker sees it. ``since``: when it connected, or when its oldest reply began to wait."""
-
-    connection: socket.socket
-    link: Link | None = None
-    since: float = field(default_factory=time.monotonic)
+    try:
+        region, descriptor = make_region(max_message_bytes)
+    except OSError as error:
+        raise SetupError(f"cannot make a shared region of {2 * max_message_bytes} bytes: {error}.") from error
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(_CONNECT_S)
+    try:
+        connection.connect(endpoint.path)
+        hand_over(connection, descriptor)
+    except OSError as error:
+        connection.close()
+        raise SetupError(
+            f"cannot connect to {endpoint}: {error.strerror or error}. Is the worker running? "
+            f"Start one with 'tsqp worker --listen {endpoint}'."
+        ) from error
+    finally:
+        os.close(descriptor)
+    return ShmClient(str(endpoint), Link(SocketBell(connection), region, client=True))
 
 
 class ShmListener:
     """A worker's side of all links through one socket.
-
-    A client is not heard while a reply to it waits for room: what it can make the worker hold is one message.
 
     Args:
         endpoint: where to listen; the socket gets mode 0600.
@@ -143,7 +148,8 @@ class ShmListener:
         self._path = Path(endpoint.path)
         self._limit_bytes = max_message_bytes
         self._poller = poller
-        self._clients: dict[int, _Client] = {}
+        self._connections: dict[int, socket.socket] = {}
+        self._guests = Guests(on_wait=self._wait_for, on_drop=self._hang_up)
         self._accept_after = 0.0
         check_free(endpoint)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -161,24 +167,17 @@ class ShmListener:
     @property
     def has_unsent(self) -> bool:
         """Whether a reply waits for room, so that ``take`` should be called again soon."""
-        return any(client.link and client.link.has_unsent for client in self._clients.values())
+        return self._guests.has_unsent
+
+    @property
+    def pause_s(self) -> float:
+        """See ``Listener.pause_s``."""
+        return RETRY_S if self.has_unsent else float("inf")
 
     def take(self, ready: Container[object]) -> Incoming | None:
         """Accept, send what waits, and return a message of one of the ready connections."""
         self._accept(ready)
-        for descriptor, client in list(self._clients.items()):
-            try:
-                frames = self._heard(descriptor, client, ready)
-            except BlockingIOError:
-                continue
-            except (OSError, EOFError, ProtocolError) as error:
-                self._drop(descriptor, error)
-                continue
-            if frames:
-                # Last in line next time, so that one busy client does not starve the others.
-                self._clients[descriptor] = self._clients.pop(descriptor)
-                return Incoming(frames, legacy=False, reply=partial(self._reply, descriptor, client))
-        return None
+        return self._guests.take(lambda guest: self._is_ready(guest, ready))
 
     def _accept(self, ready: Container[object]) -> None:
         if self._accept_after and time.monotonic() > self._accept_after:
@@ -197,60 +196,43 @@ class ShmListener:
             self._accept_after = time.monotonic() + _PAUSE_S
             return
         connection.setblocking(False)
-        self._clients[connection.fileno()] = _Client(connection)
+        self._connections[connection.fileno()] = connection
+        self._guests.add(Guest(connection.fileno()))
         self._poller.register(connection.fileno(), POLLIN)
 
-    def _heard(self, descriptor: int, client: _Client, ready: Container[object]) -> tuple[Buffer, ...]:
-        """Take a client's region, send what waits for it, or return its next message."""
-        if client.link is None:
-            if descriptor in ready:
-                client.link = self._linked(client.connection)
-            elif time.monotonic() > client.since + _PATIENCE_S:
+    def _is_ready(self, guest: Guest, ready: Container[object]) -> bool:
+        """Tell whether a client sent something; take its region first."""
+        if guest.link is None:
+            if guest.key in ready:
+                guest.link = self._linked(self._connections[guest.key])
+            elif time.monotonic() > guest.since + PATIENCE_S:
                 raise ProtocolError("it handed no region over.")
-            return ()
-        if client.link.has_unsent:
-            client.link.flush()
-            if not client.link.has_unsent:
-                self._poller.register(descriptor, POLLIN)
-            elif time.monotonic() > client.since + _PATIENCE_S:
-                raise ProtocolError("it took no reply.")
-            return ()
-        if descriptor not in ready:
-            return ()
-        header, *tensors = client.link.receive() or [b""]
-        return bytes(header), *tensors
+            return False
+        return guest.key in ready
 
     def _linked(self, connection: socket.socket) -> Link:
         try:
-            return Link(connection, accept_region(connection, self._limit_bytes), client=False)
+            region = accept_region(connection, self._limit_bytes)
         except ProtocolError:
             connection.send(REFUSAL)
             raise
+        return Link(SocketBell(connection), region, client=False)
 
-    def _reply(self, descriptor: int, client: _Client, frames: Sequence[Buffer]) -> None:
-        if client.link is None or self._clients.get(descriptor) is not client:
-            return
-        try:
-            client.link.send(frames, consumes=True)
-        except (OSError, ProtocolError, InputError) as error:
-            self._drop(descriptor, error)
-            return
-        if client.link.has_unsent:
-            client.since = time.monotonic()
-            self._poller.unregister(descriptor)
+    def _wait_for(self, guest: Guest, *, room: bool) -> None:
+        """Stop hearing a client while a reply to it waits for room."""
+        if room:
+            self._poller.unregister(guest.key)
+        else:
+            self._poller.register(guest.key, POLLIN)
 
-    def _drop(self, descriptor: int, error: Exception) -> None:
-        if isinstance(error, (ProtocolError, InputError)):
-            _log.warning("dropped a client of shared memory: %s", error)
-        client = self._clients.pop(descriptor)
-        if descriptor in self._poller:
-            self._poller.unregister(descriptor)
-        client.connection.close()
+    def _hang_up(self, guest: Guest) -> None:
+        if guest.key in self._poller:
+            self._poller.unregister(guest.key)
+        self._connections.pop(guest.key).close()
 
     def close(self) -> None:
         """Close every link and remove the socket. May be called twice."""
-        for descriptor in list(self._clients):
-            self._drop(descriptor, EOFError())
+        self._guests.drop_all()
         if self._socket.fileno() >= 0:
             if not self._accept_after:
                 self._poller.unregister(self._socket.fileno())

@@ -13,11 +13,13 @@ _MAX_PORT = 65535
 _MAX_PORT_DIGITS = 5
 # sun_path of a UNIX socket holds 108 bytes, one of them the terminator.
 _MAX_IPC_PATH = 107
+# Where named regions are, and nothing else of ours.
+_DEV_SHM = "/dev/shm/"  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One address: ``tcp`` with host and port, or ``ipc`` or ``shm`` with the path of a socket."""
+    """One address: ``tcp`` with host and port, or ``ipc`` or ``shm`` with the path of a socket or a region."""
 
     scheme: str
     host: str = ""
@@ -35,6 +37,11 @@ class Endpoint:
         if self.path:
             return f"{self.scheme}://{self.path}"
         return f"tcp://{f'[{self.ip}]' if ':' in self.ip else self.ip}:{self.port}"
+
+    @property
+    def is_named_region(self) -> bool:
+        """Whether this is shared memory under a name in /dev/shm, and not arranged over a socket."""
+        return self.scheme == "shm" and self.path.startswith(_DEV_SHM)
 
     @property
     def stays_on_this_machine(self) -> bool:
@@ -69,6 +76,11 @@ def parse(text: str) -> Endpoint:
         if len(rest.encode()) > _MAX_IPC_PATH:
             raise ConfigError(
                 f"endpoint {text!r}: a socket path has at most {_MAX_IPC_PATH} bytes; use a shorter directory."
+            )
+        name = rest.removeprefix(_DEV_SHM)
+        if scheme == "shm" and name != rest and ("/" in name or name.strip(".") == "" or not name.isprintable()):
+            raise ConfigError(
+                f"endpoint {text!r}: expected a plain name after {_DEV_SHM}, as in shm://{_DEV_SHM}tsqp-worker."
             )
         return Endpoint(scheme, path=rest)
     if scheme != "tcp":

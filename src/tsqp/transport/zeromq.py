@@ -18,7 +18,7 @@ import zmq
 import zmq.utils.monitor
 
 from tsqp.errors import ConfigError, PeerKeyError, SetupError, TransportClosedError, TransportTimeoutError
-from tsqp.transport.base import Buffer, Incoming
+from tsqp.transport.base import Buffer, Delivery, Incoming
 from tsqp.transport.keys import KeyPair, check_public, ephemeral
 from tsqp.transport.sockets import check_free, owner_only
 from tsqp.transport.urls import Endpoint
@@ -79,13 +79,20 @@ class ZmqClient:
         """Queue one message without copying large frames."""
         self._socket.send_multipart(frames, copy=False)
 
-    def receive(self, timeout_s: float) -> list[Buffer]:
-        """Wait for one message; see ``ClientTransport.receive``."""
+    def allocate(self, size: int) -> memoryview | None:  # noqa: ARG002
+        """Return None: nothing is shared here."""
+        return None
+
+    def discard(self, slot: memoryview) -> None:
+        """Do nothing: there are no slots."""
+
+    def receive(self, timeout_s: float) -> Delivery:
+        """Wait for one message; see ``ClientTransport.receive``. Its memory is libzmq's, and ours alone."""
         deadline = time.monotonic() + timeout_s
         while True:
             ready = dict(self._poller.poll(math.ceil(max(0.0, deadline - time.monotonic()) * 1000)))
             if self._socket in ready:
-                return [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
+                return Delivery([frame.buffer for frame in self._socket.recv_multipart(copy=False)])
             if self._monitor in ready:
                 self._read_event()
             elif time.monotonic() >= deadline:
@@ -145,6 +152,7 @@ class ZmqListener:
     """
 
     has_unsent = False
+    pause_s = math.inf
     # Another thread, libzmq's own, needs the core to receive the next message.
     spin_s = 0.0
 

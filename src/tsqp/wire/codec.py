@@ -121,7 +121,7 @@ def frame_of(tensor: Tensor) -> memoryview:
 
 
 def tensor_of(spec: TensorSpec, frame: Buffer, source: str = "request") -> Tensor:
-    """View a frame's bytes as a tensor, without copying them.
+    """View a frame's bytes as a tensor. Only what a tensor may not be made of is copied, which no long frame is.
 
     Args:
         spec: the tensor's dtype and shape.
@@ -142,6 +142,7 @@ def tensor_of(spec: TensorSpec, frame: Buffer, source: str = "request") -> Tenso
         if math.prod(filter(None, spec.shape)) > _MAX_ELEMENTS:
             raise ProtocolError(f"{source}: an empty tensor of shape {list(spec.shape)} is too large to have strides.")
         return torch.empty(spec.shape, dtype=dtype)
+    # Frames received are writable: libzmq's memory, a shared region, or our own.
     if isinstance(frame, bytes) or (isinstance(frame, memoryview) and frame.readonly):
         frame = bytearray(frame)
     return torch.frombuffer(frame, dtype=dtype).view(spec.shape)

@@ -133,7 +133,7 @@ class Reply(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_f
 
 
 class Welcome(Reply, frozen=True, tag="welcome"):
-    """Who the worker is and what it can compute.
+    """Who the worker is and what it can compute; at `open`, in which dtypes activations may travel.
 
     ``instance`` is drawn anew by every process, so that two addresses of one process can be told apart from two.
     """
@@ -147,13 +147,19 @@ class Welcome(Reply, frozen=True, tag="welcome"):
     dtype: DtypeName
     module_count: Annotated[int, Meta(ge=0, le=1 << 20)]
     groups: Annotated[tuple[GroupSpec, ...], Meta(max_length=8192)]
+    wire_dtypes: Annotated[tuple[DtypeName, ...], Meta(max_length=16)] = ()
 
 
 class Result(Reply, frozen=True, tag="result"):
-    """One tensor frame follows. ``compute_ns`` is the worker's own account of its time, for display only."""
+    """One tensor frame follows.
+
+    ``compute_ns`` is the worker's own account of its time and ``started_ns`` of when it began, by a clock of its own;
+    0 if it does not say. Both are for display only.
+    """
 
     y: TensorSpec
     compute_ns: Annotated[int, Meta(ge=0, lt=1 << 62)]
+    started_ns: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
 
 
 class StateResult(Reply, frozen=True, tag="state"):
@@ -164,7 +170,7 @@ class StateResult(Reply, frozen=True, tag="state"):
 
 
 class StatsResult(Reply, frozen=True, tag="stats"):
-    """Counters since the worker started."""
+    """Counters since the worker started: ``products`` that it computed, for ``product_requests`` together."""
 
     uptime_s: float
     requests: dict[Name, int]
@@ -172,6 +178,8 @@ class StatsResult(Reply, frozen=True, tag="stats"):
     bytes_received: int
     bytes_sent: int
     compute_s: float
+    products: Annotated[int, Meta(ge=0)] = 0
+    product_requests: Annotated[int, Meta(ge=0)] = 0
 
 
 class Failure(Reply, frozen=True, tag="failure"):

@@ -1,4 +1,8 @@
-"""Answers one request of the current protocol. Pure but for the service's products: frames in, frames out."""
+"""Reads requests of the current protocol and writes their replies: frames in, frames out.
+
+What needs no product is answered at once. A request for a product is checked and becomes ``Waiting``; whoever computes
+it hands the ``Product`` back.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,32 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-from torch import Tensor
 
 from tsqp import __version__
 from tsqp.errors import DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError
 from tsqp.model.architecture import module_count
+from tsqp.transport.base import Incoming
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Buffer
-from tsqp.wire.messages import AnyRequest, Failure, GroupSpec, Reply
+from tsqp.wire.messages import Failure, GroupSpec, Reply
+from tsqp.worker.batching import Waiting
+from tsqp.worker.products import Product, Result, compute
 from tsqp.worker.services import WorkerService
 
 _log = logging.getLogger(__name__)
 _envelope = msgspec.msgpack.Decoder(messages.Envelope)
+
+Send = Callable[[Sequence[Buffer]], None]
+_CODES: tuple[tuple[type[TsqpError], messages.ErrorCode], ...] = (
+    (codec.VersionError, "version"),
+    (ProtocolError, "protocol"),
+    (DeviceMemoryError, "memory"),
+    (InputError, "input"),
+)
 
 
 class Dispatcher:
@@ -41,49 +55,63 @@ class Dispatcher:
         self._started = time.monotonic()
         self.requests: Counter[str] = Counter()
         self.errors = self.bytes_received = self.bytes_sent = self.compute_ns = 0
+        self.products = self.product_requests = 0
 
     def answer(self, frames: Sequence[Buffer]) -> list[Buffer]:
         """Return the reply to any frames at all: what is not a valid request is answered with a failure."""
+        replies: list[list[Buffer]] = []
+        waiting = self.admit(Incoming(tuple(frames), legacy=False, reply=lambda reply: replies.append(list(reply))))
+        if waiting:
+            self.finish(compute(self.service, [waiting]))
+        return replies[0]
+
+    def admit(self, incoming: Incoming) -> Waiting | None:
+        """Take any message at all in. What needs no product, or is not valid, is answered before this returns.
+
+        Returns:
+            The request, if a product must be computed for it.
+        """
+        frames, reply = incoming.frames, incoming.reply
         self.bytes_received += sum(map(len, frames))
         try:
             request = codec.decode_request(frames)
-            self.requests[type(request.header).__name__.lower()] += 1
-            reply = self._carry_out(request.header, request.tensors)
-        except codec.VersionError as error:
-            reply = self._failure(error.request_id, "version", error)
-        except ProtocolError as error:
-            reply = self._failure(_request_id(frames), "protocol", error)
-        except Exception:  # noqa: BLE001  a bug of ours must not end the worker for its other clients
-            _log.exception("request failed")
-            sorry = InternalError("the worker failed on this request; its log says how.")
-            reply = self._failure(_request_id(frames), "internal", sorry)
-        self.bytes_sent += sum(map(len, reply))
-        return reply
-
-    def _carry_out(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> list[Buffer]:
-        try:
+            header = request.header
+            self.requests[type(header).__name__.lower()] += 1
             match header:
                 case messages.Hello():
-                    return [messages.encode(self._welcome(header.id))]
+                    self._send(reply, [messages.encode(self._welcome(header.id))])
                 case messages.Stats():
-                    return [messages.encode(self._stats(header.id))]
+                    self._send(reply, [messages.encode(self._stats(header.id))])
                 case messages.State():
-                    return self._state_reply(header.id)
+                    self._send(reply, self._state_reply(header.id))
                 case _:
-                    return self._product(header, tensors)
-        except DeviceMemoryError as error:
-            return self._failure(header.id, "memory", error)
-        except InputError as error:
-            return self._failure(header.id, "input", error)
+                    return Waiting(header, request.tensors, self.service.rows(header, request.tensors), incoming)
+        except Exception as error:  # noqa: BLE001  what a client sends must not end the worker for the others
+            request_id = error.request_id if isinstance(error, codec.VersionError) else _request_id(frames)
+            self._send(reply, self._failure(request_id, error))
+        return None
 
-    def _product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> list[Buffer]:
-        """Compute and time one product."""
-        started = time.perf_counter_ns()
-        y = self.service.product(header, tensors).contiguous()
-        elapsed = time.perf_counter_ns() - started
-        self.compute_ns += elapsed
-        result = messages.Result(id=header.id, y=codec.spec_of(y), compute_ns=elapsed)
-        return [messages.encode(result), codec.frame_of(y)]
+    def finish(self, products: Sequence[Product]) -> None:
+        """Reply to every request that these products answer."""
+        for product in products:
+            self.products += 1
+            self.product_requests += len(product.requests)
+            self.compute_ns += product.compute_ns
+            started_ns = max(0, time.monotonic_ns() - product.compute_ns)  # it is done now; for display only
+            for request, outcome in zip(product.requests, product.outcomes, strict=True):
+                times = (product.share_ns(request), started_ns)
+                self._send(request.incoming.reply, self._result(request, outcome, times))
+
+    def _result(self, request: Waiting, outcome: Result | Exception, times: tuple[int, int]) -> list[Buffer]:
+        if isinstance(outcome, Exception):
+            return self._failure(request.header.id, outcome)
+        compute_ns, started_ns = times
+        result = messages.Result(id=request.header.id, y=outcome.spec, compute_ns=compute_ns, started_ns=started_ns)
+        return [messages.encode(result), outcome.frame]
+
+    def _send(self, reply: Send, frames: list[Buffer]) -> None:
+        self.bytes_sent += sum(map(len, frames))
+        reply(frames)
 
     def _state_reply(self, request_id: int) -> list[Buffer]:
         if self.service.serves != "open":
@@ -111,6 +139,7 @@ class Dispatcher:
             dtype=codec.dtype_name(service.dtype),
             module_count=module_count(service.groups.values()),
             groups=groups,
+            wire_dtypes=service.wire_dtypes,
         )
 
     def _stats(self, request_id: int) -> Reply:
@@ -122,10 +151,17 @@ class Dispatcher:
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,
             compute_s=self.compute_ns / 1e9,
+            products=self.products,
+            product_requests=self.product_requests,
         )
 
-    def _failure(self, request_id: int, code: messages.ErrorCode, error: TsqpError) -> list[Buffer]:
+    def _failure(self, request_id: int, error: Exception) -> list[Buffer]:
+        """Write the failure that an error becomes. A bug's own words stay in the log."""
         self.errors += 1
+        code: messages.ErrorCode = next((code for kind, code in _CODES if isinstance(error, kind)), "internal")
+        if code == "internal":
+            _log.error("request failed", exc_info=error)
+            error = InternalError("the worker failed on this request; its log says how.")
         return [messages.encode(Failure(id=request_id, code=code, message=str(error)[:2048]))]
 
 

@@ -1,13 +1,18 @@
-"""The worker's loop: one message in, one reply out, in order of arrival."""
+"""The worker's loop: takes in what waits, multiplies together what can be, and replies."""
 
 from __future__ import annotations
 
 from tsqp.transport.base import Incoming, ServerTransport
+from tsqp.worker.batching import MAX_WAITING, Queue
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.legacy import LegacyDispatcher, refuse
-from tsqp.worker.services import OpenService
+from tsqp.worker.products import CpuEngine, Engine
+from tsqp.worker.services import OpenService, WorkerService
 
 _POLL_S = 0.5
+# Behind a lone client nobody waits, and to look costs time: once this many products were for one request each, look
+# after as many again.
+_LOOK_EVERY = 16
 
 
 class Worker:
@@ -25,19 +30,61 @@ class Worker:
             LegacyDispatcher(service.linears, service.state).answer if isinstance(service, OpenService) else refuse
         )
         self._transport = transport
+        self._engine = engine_for(service)
+        self._queue = Queue()
         self._stopping = False
+        # For how many products in a row only one request was there.
+        self._alone = 0
 
     def serve(self) -> None:
-        """Answer messages until ``stop`` is called or the parent hangs up. The request in hand is finished."""
+        """Answer messages until ``stop`` is called or the parent hangs up. What was taken in is answered."""
         while not (self._stopping or self._transport.hung_up):
-            incoming = self._transport.receive(_POLL_S)
-            if incoming is not None:
-                incoming.reply(self._answer(incoming))
+            self._take_in()
+            self._work()
+        while self._queue or self._engine.busy:
+            self._work()
 
     def stop(self) -> None:
-        """End ``serve`` after the current request. Safe to call from a signal handler."""
+        """End ``serve`` after the current requests. Safe to call from a signal handler."""
         self._stopping = True
 
-    def _answer(self, incoming: Incoming) -> list[bytes | bytearray | memoryview]:
-        answer = self._legacy if incoming.legacy else self.dispatcher.answer
-        return answer(incoming.frames)
+    def _take_in(self) -> None:
+        """Wait for a message if there is nothing to do, and take in those that are here already."""
+        if not (self._queue or self._engine.busy):
+            if not self._receive(_POLL_S):
+                return
+            if self._alone > _LOOK_EVERY and self._alone % _LOOK_EVERY:
+                return
+        for _ in range(MAX_WAITING):  # what is answered at once does not fill the queue
+            if not self._queue.has_room or not self._receive(0.0):
+                return
+
+    def _receive(self, timeout_s: float) -> bool:
+        incoming = self._transport.receive(timeout_s)
+        if incoming:
+            self._admit(incoming)
+        return incoming is not None
+
+    def _admit(self, incoming: Incoming) -> None:
+        if incoming.legacy:
+            incoming.reply(self._legacy(incoming.frames))
+            return
+        request = self.dispatcher.admit(incoming)
+        if request:
+            self._queue.add(request)
+
+    def _work(self) -> None:
+        """Start the next product, and reply to the requests of those that are done."""
+        if self._queue and self._engine.has_room:
+            self._alone = self._alone + 1 if len(self._queue) == 1 else 0
+            self._engine.start(self._queue.take())
+        self.dispatcher.finish(self._engine.finished())
+
+
+def engine_for(service: WorkerService) -> Engine:
+    """Return what computes a service's products on its device."""
+    if service.device.type == "cuda":
+        from tsqp.worker.cuda import CudaEngine  # noqa: PLC0415  a worker on a CPU does not need it
+
+        return CudaEngine(service)
+    return CpuEngine(service)

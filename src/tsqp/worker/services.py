@@ -12,14 +12,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tsqp.arith.keystream import keystream_rows
-from tsqp.arith.ring import multiply
+from tsqp.arith.keystream import MAX_ROWS, keystream_rows
+from tsqp.arith.ring import Codes, multiply
 from tsqp.errors import InputError
 from tsqp.model.architecture import LinearGroup
 from tsqp.model.linears import Linears, bound_result, memory_errors
-from tsqp.wire import codec, messages
+from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyRequest, Service
+from tsqp.worker.batching import Rows
 
+# In which activations may travel at the level open.
+WIRE_DTYPES: tuple[messages.DtypeName, ...] = ("float32", "float16", "bfloat16", "int8")
 _WHAT = {
     "open": "float products, for the level open",
     "exact": "int8 codes, for the levels verified and masked",
@@ -33,10 +36,15 @@ class WorkerService(Protocol):
     serves: Service
     groups: dict[str, LinearGroup]
     device: torch.device
+    wire_dtypes: tuple[messages.DtypeName, ...]
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
+
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        """Dtype of what ``multiply`` takes and returns."""
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -50,6 +58,33 @@ class WorkerService(Protocol):
             DeviceMemoryError: no room.
         """
 
+    # What ``product`` does, in parts, for requests that are multiplied together.
+
+    def rows(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Rows | None:
+        """Check a request for rows times a group's weights; None if it is of another kind, which ``product`` checks.
+
+        Raises:
+            InputError: its operand does not fit the model.
+        """
+
+    def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return a checked request's rows, shape (M, K), on the CPU, in ``rows_dtype``."""
+
+    def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        """Multiply rows, moved to the device where need be, by a group's weights; the result stays there.
+
+        Args:
+            group: its name.
+            x_MK: from ``operand``, of one request or of several.
+            out_MN: where to store the result; by default new memory.
+
+        Raises:
+            DeviceMemoryError: no room.
+        """
+
+    def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:
+        """Return a request's part of a product as its sender wants it, on the CPU."""
+
 
 class OpenService:
     """Float products in clear.
@@ -60,27 +95,62 @@ class OpenService:
     """
 
     serves: Service = "open"
+    wire_dtypes: tuple[messages.DtypeName, ...] = WIRE_DTYPES
 
     def __init__(self, linears: Linears, state: dict[str, Tensor]) -> None:
         self.linears = linears
-        self.groups, self.device, self.dtype = linears.groups, linears.device, linears.dtype
+        self.groups, self.device = linears.groups, linears.device
+        self.dtype = self.rows_dtype = linears.dtype
         self.state = state
 
     def product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:
         """See ``WorkerService.product``. The result has the dtype that the request's tensor had."""
         match header:
-            case messages.Linear(group=group, x=x):
-                y, name = self.linears.linear(group, tensors[0]), x.dtype
+            case messages.Linear(group=group):
+                self.rows(header, tensors)
+                return self.result(header, self.multiply(group, self.operand(header, tensors)))
             case messages.Embedding(dtype=name):
-                y = self.linears.embedding(tensors[0])
+                return _on_the_wire(self.linears.embedding(tensors[0]), name)
             case messages.MatMul(a=a):
-                y, name = self.linears.matmul(*tensors), a.dtype
+                return _on_the_wire(self.linears.matmul(*tensors), a.dtype)
             case _:
                 raise _refused(header, self.serves)
-        dtype = codec.TORCH_DTYPES[name]
-        if not dtype.is_floating_point:
-            raise InputError(f"a product cannot be returned as {dtype}; ask for a float dtype.")
-        return y.to("cpu", dtype)
+
+    def rows(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Rows | None:
+        """See ``WorkerService.rows``."""
+        if not isinstance(header, messages.Linear):
+            return None
+        x = tensors[0]
+        if x.dtype == torch.int8:
+            group = self.linears.check(header.group, int8_rows.decode(x[:1]))
+            bound_result((len(x), group.rows + int8_rows.SCALE_BYTES))
+        else:
+            self.linears.check(header.group, x)
+        return Rows(header.group, len(tensors[0]))
+
+    def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002  of every service
+        """See ``WorkerService.operand``."""
+        x = tensors[0]
+        return (int8_rows.decode(x) if x.dtype == torch.int8 else x).to(self.dtype)
+
+    def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        """See ``WorkerService.multiply``. Nothing here stores a result where it is told to, so that is a copy."""
+        y_MN = self.linears.multiply(group, x_MK)
+        return y_MN if out_MN is None else out_MN.copy_(y_MN)
+
+    def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:
+        """See ``WorkerService.result``."""
+        return _on_the_wire(y_MN, header.x.dtype) if isinstance(header, messages.Linear) else y_MN
+
+
+def _on_the_wire(y: Tensor, name: messages.DtypeName) -> Tensor:
+    """Return a product in the dtype in which its operand came."""
+    if name == "int8":
+        return int8_rows.encode(y.cpu())
+    dtype = codec.TORCH_DTYPES[name]
+    if not dtype.is_floating_point:
+        raise InputError(f"a product cannot be returned as {dtype}; ask for a float dtype or int8.")
+    return y.to("cpu", dtype)
 
 
 class _CodesService:
@@ -88,22 +158,34 @@ class _CodesService:
 
     Args:
         groups: the model's linear groups, in order.
-        codes: int8, shape (N, K), by group name, on one device.
+        codes: by group name, on one device.
     """
 
     dtype = torch.int8
+    rows_dtype = torch.int32
+    wire_dtypes: tuple[messages.DtypeName, ...] = ()
 
-    def __init__(self, groups: Sequence[LinearGroup], codes: dict[str, Tensor], device: torch.device) -> None:
+    def __init__(self, groups: Sequence[LinearGroup], codes: dict[str, Codes], device: torch.device) -> None:
         self.groups = {group.name: group for group in groups}
         self.device = device
         self.state: dict[str, Tensor] = {}
         self._codes = codes
 
-    def _codes_of(self, group: str) -> Tensor:
-        codes_NK = self._codes.get(group)
-        if codes_NK is None:
+    def _codes_of(self, group: str) -> Codes:
+        codes = self._codes.get(group)
+        if codes is None:
             raise InputError(f"no linear group is named {group!r}.")
-        return codes_NK
+        return codes
+
+    @torch.inference_mode()
+    def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        """See ``WorkerService.multiply``."""
+        with memory_errors(f"exact linear {group}", self.device):
+            return multiply(x_MK.to(self.device), self._codes_of(group), out_MN)
+
+    def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:  # noqa: ARG002  of every service
+        """See ``WorkerService.result``."""
+        return y_MN.cpu()
 
 
 class ExactService(_CodesService):
@@ -116,25 +198,34 @@ class ExactService(_CodesService):
         """See ``WorkerService.product``."""
         match header:
             case messages.LinearExact(group=group):
-                return self._linear(group, tensors[0])
+                self._check(group, tensors[0])
+                return self.multiply(group, tensors[0]).cpu()
             case messages.Codes(group=group, first=first, rows=rows):
-                codes_NK = self._codes_of(group)
-                if first + rows > len(codes_NK):
-                    raise InputError(f"codes of {group} have {len(codes_NK)} rows; rows up to {first + rows} asked.")
-                return codes_NK[first : first + rows].cpu()
+                codes = self._codes_of(group)
+                if first + rows > codes.rows:
+                    raise InputError(f"codes of {group} have {codes.rows} rows; rows up to {first + rows} asked.")
+                return codes.plain(first, rows).cpu()
             case _:
                 raise _refused(header, self.serves)
 
-    def _linear(self, group: str, x_MK: Tensor) -> Tensor:
-        codes_NK = self._codes_of(group)
-        if x_MK.ndim != 2 or x_MK.dtype != torch.int32 or x_MK.shape[1] != codes_NK.shape[1]:  # noqa: PLR2004
+    def rows(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Rows | None:
+        """See ``WorkerService.rows``."""
+        if not isinstance(header, messages.LinearExact):
+            return None
+        self._check(header.group, tensors[0])
+        return Rows(header.group, len(tensors[0]))
+
+    def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002  of every service
+        """See ``WorkerService.operand``."""
+        return tensors[0]
+
+    def _check(self, group: str, x_MK: Tensor) -> None:
+        codes = self._codes_of(group)
+        if x_MK.ndim != 2 or x_MK.dtype != torch.int32 or x_MK.shape[1] != codes.inputs:  # noqa: PLR2004
             raise InputError(
-                f"exact linear {group} expects int32 of shape [M, {codes_NK.shape[1]}], "
-                f"got {x_MK.dtype} {list(x_MK.shape)}."
+                f"exact linear {group} expects int32 of shape [M, {codes.inputs}], got {x_MK.dtype} {list(x_MK.shape)}."
             )
-        bound_result((len(x_MK), len(codes_NK)))
-        with memory_errors(f"exact linear {group}", self.device):
-            return multiply(x_MK.to(self.device), codes_NK).cpu()
+        bound_result((len(x_MK), codes.rows))
 
 
 class DealerService(_CodesService):
@@ -143,16 +234,31 @@ class DealerService(_CodesService):
     serves: Service = "masks"
 
     @torch.inference_mode()
-    def product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002  of every service
+    def product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:
         """See ``WorkerService.product``."""
         if not isinstance(header, messages.MaskProduct):
             raise _refused(header, self.serves)
-        codes_NK = self._codes_of(header.group)
-        bound_result((header.count, max(codes_NK.shape)))
-        number = list(self.groups).index(header.group)
+        self.rows(header, tensors)
         with memory_errors(f"mask product {header.group}", self.device):
-            r_MK = keystream_rows(header.seed, number, header.first, header.count, codes_NK.shape[1])
-            return multiply(r_MK.to(self.device), codes_NK).cpu()
+            return self.multiply(header.group, self.operand(header, tensors)).cpu()
+
+    def rows(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Rows | None:  # noqa: ARG002  of every service
+        """See ``WorkerService.rows``. Each request's rows are of a seed of its own; only the group must be one."""
+        if not isinstance(header, messages.MaskProduct):
+            return None
+        codes = self._codes_of(header.group)
+        bound_result((header.count, max(codes.rows, codes.inputs)))
+        if header.first + header.count > MAX_ROWS:
+            raise InputError(f"mask rows {header.first} to {header.first + header.count}: at most {MAX_ROWS} exist.")
+        return Rows(header.group, header.count)
+
+    def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002  of every service
+        """See ``WorkerService.operand``."""
+        if not isinstance(header, messages.MaskProduct):
+            raise _refused(header, self.serves)
+        number = list(self.groups).index(header.group)
+        inputs = self.groups[header.group].in_features
+        return keystream_rows(header.seed, number, header.first, header.count, inputs)
 
 
 def _refused(header: AnyRequest, serves: Service) -> InputError:

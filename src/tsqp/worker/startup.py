@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqp.arith.ring import kernel_for
+from tsqp.arith import native
+from tsqp.arith.ring import lay_out
 from tsqp.config import DEALER_PORT, WorkerConfig
 from tsqp.errors import ConfigError, SetupError
 from tsqp.model.architecture import module_count, read_config, weight_shapes
@@ -133,15 +134,17 @@ def _load(config: WorkerConfig, device: torch.device, progress: Progress) -> Dis
 
 
 def _load_codes(config: WorkerConfig, device: torch.device, progress: Progress) -> Dispatcher:
-    """Load int8 codes, each checked against its digest, and try the kernel that will multiply by them."""
+    """Load int8 codes, each checked against its digest, and lay them out for a kernel that has been tried."""
     directory = locate_packed(config.model, lambda done: progress.step("packing the model", done))
     packed = open_codes(directory)
     codes = {}
     with memory_errors("loading", device):
         for done, group in enumerate(packed.groups):
-            codes[group.name] = packed.read(group.name).to(device)
+            codes[group.name] = lay_out(packed.read(group.name).to(device))
             progress.step("loading the codes", (done + 1) / len(packed.groups))
-    kernel_for(device)
+    slower = native.notice()
+    if slower and device.type == "cpu":
+        progress.notice(slower)
     service = (DealerService if config.serves == "masks" else ExactService)(packed.groups, codes, device)
     return Dispatcher(service, config.model, packed.codes_digest)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsqp.audit.recorder import Recorder
 from tsqp.errors import InputError
-from tsqp.transport.base import Buffer
+from tsqp.transport.base import Buffer, Delivery
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import AnyRequest
 
@@ -24,13 +24,20 @@ class Link:
 
     def __init__(self) -> None:
         self.sent: list[list[Buffer]] = []
+        self.discarded: list[memoryview] = []
         self.closed = False
 
     def send(self, frames: Sequence[Buffer]) -> None:
         self.sent.append(list(frames))
 
-    def receive(self, timeout_s: float) -> list[Buffer]:
-        return [b"reply", str(timeout_s).encode()]
+    def allocate(self, size: int) -> memoryview | None:
+        return memoryview(bytearray(size))
+
+    def discard(self, slot: memoryview) -> None:
+        self.discarded.append(slot)
+
+    def receive(self, timeout_s: float) -> Delivery:
+        return Delivery([b"reply", str(timeout_s).encode()])
 
     def close(self) -> None:
         self.closed = True
@@ -50,10 +57,27 @@ def test_it_passes_everything_on() -> None:
     message = linear("head", torch.ones(2, 3))
     link.send(message)
     assert inner.sent == [message]
-    assert link.receive(0.5) == [b"reply", b"0.5"]
+    assert link.receive(0.5).frames == [b"reply", b"0.5"]
     assert link.peer == inner.peer
     link.close()
     assert inner.closed
+
+
+def test_slots_are_the_links_own_and_are_recorded_as_they_are_sent() -> None:
+    inner, recorder = Link(), Recorder()
+    link = recorder.wrap("worker")(inner)
+    x_MK, spare = torch.tensor([[5, -7]], dtype=torch.int32), link.allocate(8)
+    slot = link.allocate(8)
+    assert slot is not None
+    assert spare is not None
+    slot[:] = b"unsent.."
+    slot[:] = codec.frame_of(x_MK)
+    link.send([messages.encode(messages.LinearExact(id=1, group="head", x=codec.spec_of(x_MK))), slot])
+    link.discard(spare)
+    assert inner.sent[0][1] is slot
+    assert inner.discarded == [spare]
+    slot[:] = b"reused.."
+    assert torch.equal(recorder.recording("worker").first("head"), x_MK)
 
 
 def test_it_keeps_copies_in_order() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pickle
 import random
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tsqp.arith import ring
+from tsqp.arith import native, ring
 from tsqp.enclave import freivalds
 from tsqp.enclave.freivalds import Checker, FieldVector, Q
 from tsqp.errors import ExactnessError, IntegrityError
@@ -29,11 +31,20 @@ def dot(row: Sequence[int], values: Sequence[int]) -> int:
     return sum(map(int.__mul__, row, values)) % Q
 
 
-def integers(vector: FieldVector, rows_MN: Tensor) -> list[int]:
-    return [(low + (high << 32)) % Q for low, high in vector.dot_words(rows_MN).tolist()]
+@pytest.fixture(params=[*native.available(), "twin"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> native.Kernels | None:
+    """Run every test with every instruction set of this processor and with the twin."""
+    chosen = None if request.param == "twin" else native.Kernels(request.param)
+    monkeypatch.setattr(native, "kernels", lambda: chosen)
+    return chosen
 
 
-@settings(deadline=None)
+def residues(vector: FieldVector, rows_MN: Tensor) -> list[int]:
+    values: list[int] = vector.dot_words(rows_MN).tolist()
+    return values
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.integers(1, 30))
 def test_inner_products_are_those_of_integers(data: st.DataObject, length: int) -> None:
     words = st.integers(-(1 << 31), (1 << 31) - 1) | st.sampled_from((-(1 << 31), (1 << 31) - 1))
@@ -41,7 +52,7 @@ def test_inner_products_are_those_of_integers(data: st.DataObject, length: int) 
     rows = data.draw(st.lists(st.lists(words, min_size=length, max_size=length), min_size=1, max_size=4))
     codes = data.draw(st.lists(st.lists(st.integers(-128, 127), min_size=length, max_size=length), min_size=1))
     vector = FieldVector(torch.tensor(values, dtype=torch.int64))
-    assert integers(vector, torch.tensor(rows, dtype=torch.int32)) == [dot(row, values) for row in rows]
+    assert residues(vector, torch.tensor(rows, dtype=torch.int32)) == [dot(row, values) for row in rows]
     assert vector.dot_codes(torch.tensor(codes, dtype=torch.int8)).tolist() == [dot(row, values) for row in codes]
 
 
@@ -50,15 +61,15 @@ def test_inner_products_are_those_of_integers(data: st.DataObject, length: int) 
 @pytest.mark.parametrize("length", [1 << 10, 128256, 262143])
 def test_the_largest_sums_stay_exact(word: int, value: int, length: int) -> None:
     vector = FieldVector(torch.full((length,), value, dtype=torch.int64))
-    assert integers(vector, torch.full((1, length), word, dtype=torch.int32)) == [word * value * length % Q]
+    assert residues(vector, torch.full((1, length), word, dtype=torch.int32)) == [word * value * length % Q]
 
 
 def test_halves_stay_far_below_overflow_at_the_longest_row() -> None:
     longest = 32 * ring.INT8_MAX_K // 4
     vector = FieldVector(torch.full((longest,), Q // 2, dtype=torch.int64))
-    halves = vector.dot_words(torch.full((1, longest), (1 << 31) - 1, dtype=torch.int32))
+    halves = vector._halves(torch.full((1, longest), (1 << 31) - 1, dtype=torch.int32))
     assert int(halves.abs().max()) < 1 << 62
-    assert integers(vector, torch.full((1, longest), -(1 << 31), dtype=torch.int32)) == [
+    assert residues(vector, torch.full((1, longest), -(1 << 31), dtype=torch.int32)) == [
         -(1 << 31) * (Q // 2) * longest % Q
     ]
     with pytest.raises(ExactnessError, match="cannot be summed exactly"):
@@ -67,9 +78,49 @@ def test_halves_stay_far_below_overflow_at_the_longest_row() -> None:
 
 def test_sums_are_the_same_without_an_int8_product(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randint(-(1 << 31), (1 << 31) - 1, (5, 300), generator=torch.Generator().manual_seed(3)).int()
-    fast = FieldVector(freivalds.draw(300, seeded(1))._values_N).dot_words(rows)
-    monkeypatch.setattr(ring, "kernel_for", lambda _device: ring.Float64Kernel())
-    assert torch.equal(FieldVector(freivalds.draw(300, seeded(1))._values_N).dot_words(rows), fast)
+    fast = FieldVector(freivalds.draw(300, seeded(1))._values_N)._halves(rows)
+    monkeypatch.setattr(ring, "_int8_products_are_exact", lambda: False)
+    assert torch.equal(FieldVector(freivalds.draw(300, seeded(1))._values_N)._halves(rows), fast)
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 33, 1023, 1024, 1025, 3000])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 9])
+def test_masks_are_taken_off_in_parts(rows: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(rows * length)
+    words_MN, u_MN = torch.randint(-(1 << 31), 1 << 31, (2, rows, length), generator=generator).int()
+    vector, out_MN = freivalds.draw(length, seeded(2)), torch.empty(rows, length, dtype=torch.int32)
+    before = words_MN.clone()
+    for u in ((), (u_MN,), (u_MN[:2], u_MN[2:])):
+        found_M = vector.dot_unmasked(words_MN, u, out_MN)
+        assert torch.equal(out_MN, words_MN - u_MN if u else words_MN)
+        assert found_M.tolist() == [dot(row, vector._values_N.tolist()) for row in out_MN.tolist()]
+    assert torch.equal(words_MN, before)
+    if rows:
+        with pytest.raises(ExactnessError, match="rows to check, and masks of"):
+            vector.dot_unmasked(words_MN, (u_MN[1:],), out_MN)
+
+
+def test_what_was_checked_is_what_is_returned() -> None:
+    """A peer that changes shared words all the time gets an error or a product that is right, and no third thing."""
+    product = Product()
+    shared, true = product.y_MN.clone(), product.y_MN.clone()
+    stop = threading.Event()
+
+    def flip() -> None:
+        while not stop.is_set():
+            shared[3, 5] ^= 1 << 30
+
+    peer = threading.Thread(target=flip)
+    peer.start()
+    try:
+        for seed in range(200):
+            checker = checker_of(product.codes_NK, seed=seed)
+            with suppress(IntegrityError):
+                y_MN = checker.verified(Claim(shared, ""), checker.expect(product.xq_MK), PEERS)
+                assert torch.equal(y_MN, true)
+    finally:
+        stop.set()
+        peer.join()
 
 
 def test_draws_cover_the_field_and_skip_q() -> None:
@@ -102,12 +153,12 @@ class Product:
         generator = torch.Generator().manual_seed(4)
         self.codes_NK = torch.randint(-127, 128, (48, 40), generator=generator).to(torch.int8)
         self.xq_MK = torch.randint(-10000, 10000, (7, 40), generator=generator).to(torch.int32)
-        self.y_MN = ring.multiply(self.xq_MK, self.codes_NK)
+        self.y_MN = ring.multiply(self.xq_MK, ring.lay_out(self.codes_NK))
         self.checker = checker_of(self.codes_NK)
 
     def check(self, rows: slice = slice(None)) -> Tensor:
         claim = Claim(self.y_MN[rows], "a test")
-        return self.checker.verified(claim, self.xq_MK[rows], PEERS)
+        return self.checker.verified(claim, self.checker.expect(self.xq_MK[rows]), PEERS)
 
 
 @pytest.fixture
@@ -143,7 +194,7 @@ def test_swapped_rows_are_found(product: Product) -> None:
 
 def test_products_with_other_codes_are_found(product: Product) -> None:
     product.codes_NK[11, 13] += 1 if product.codes_NK[11, 13] < 127 else -1
-    product.y_MN = ring.multiply(product.xq_MK, product.codes_NK)
+    product.y_MN = ring.multiply(product.xq_MK, ring.lay_out(product.codes_NK))
     with pytest.raises(IntegrityError):
         product.check()
 
@@ -161,8 +212,28 @@ def test_after_a_failure_nothing_is_accepted(product: Product) -> None:
 def test_the_secret_is_not_shown_and_does_not_leave(product: Product) -> None:
     shown = repr(product.checker) + repr(product.checker._s)
     assert not any(str(value) in shown for value in product.checker._s._values_N.tolist())
-    with pytest.raises(ExactnessError, match="must not leave"):
-        pickle.dumps(product.checker)
+    expectation = product.checker.expect(product.xq_MK)
+    assert repr(expectation) == "Expectation(7 rows, not shown)"
+    for secret in (product.checker, product.checker._s, expectation):
+        with pytest.raises(ExactnessError, match="must not leave"):
+            pickle.dumps(secret)
+
+
+def test_rows_that_were_not_expected_are_refused(product: Product) -> None:
+    """One row's expectation must not serve for several."""
+    expectation = product.checker.expect(product.xq_MK[:1])
+    with pytest.raises(ExactnessError, match="7 rows came, 1 are expected"):
+        product.checker.verified(Claim(product.y_MN, ""), expectation, PEERS)
+
+
+def test_masks_come_off_before_the_check(product: Product) -> None:
+    u_MN = torch.randint(-(1 << 31), 1 << 31, product.y_MN.shape).int()
+    claim = Claim(product.y_MN + u_MN, "")
+    expectation = product.checker.expect(product.xq_MK)
+    verified = product.checker.verified(claim, expectation, PEERS, (u_MN[:3], u_MN[3:]))
+    assert torch.equal(verified, product.y_MN)
+    with pytest.raises(IntegrityError, match="7 of 7 rows"):
+        product.checker.verified(claim, expectation, PEERS)
 
 
 def test_codes_are_absorbed_in_parts_and_completely() -> None:
@@ -170,7 +241,7 @@ def test_codes_are_absorbed_in_parts_and_completely() -> None:
     whole, parts = checker_of(codes_NK, seed=7), Checker("head", 9, 50, seeded(7))
     for rows in codes_NK.split(4):
         with pytest.raises(ExactnessError, match="of 9 rows of codes absorbed"):
-            parts.verified(Claim(torch.zeros(1, 9, dtype=torch.int32), ""), torch.zeros(1, 50, dtype=torch.int32), ())
+            parts.expect(torch.zeros(1, 50, dtype=torch.int32))
         parts.absorb(rows)
     assert torch.equal(parts._c._values_N, whole._c._values_N)
     assert whole._c._values_N.tolist() == [dot(column, whole._s._values_N.tolist()) for column in codes_NK.T.tolist()]

@@ -22,7 +22,6 @@ from tsqp.enclave.masks import Mask, MaskLedger
 from tsqp.errors import ConfigError, IntegrityError, InternalError, MaskReuseError, TransportClosedError
 from tsqp.meter import Meter
 from tsqp.model.architecture import LinearGroup
-from tsqp.wire.codec import Claim
 
 GROUPS = (
     LinearGroup("layers.0.qkv", ("q",), 12, (20,), bias=False),
@@ -45,7 +44,7 @@ class Spy:
         self.peers = peers
         self.started: list[tuple[str, int, int]] = []
         self.error: Exception | None = None
-        self._source = EnclaveMasks(GROUPS, CODES, 1)
+        self._source = EnclaveMasks(GROUPS, {name: ring.lay_out(codes_NK) for name, codes_NK in CODES.items()}, 1)
 
     def rows(self, group: str, first: int, count: int) -> Tensor:
         return self._source.rows(group, first, count)
@@ -73,8 +72,9 @@ def assert_hides(mask: Mask, group: str) -> None:
     xq_MK = torch.randint(-1000, 1000, (mask.count, codes_NK.shape[1])).int()
     xm_MK = mask.add(xq_MK)
     assert not torch.equal(xm_MK, xq_MK)
-    y_MN = mask.remove(Claim(ring.multiply(xm_MK, codes_NK), "")).unverified()
-    assert torch.equal(y_MN, ring.multiply(xq_MK, codes_NK))
+    codes = ring.lay_out(codes_NK)
+    y_MN = ring.multiply(xm_MK, codes) - torch.cat(mask.products())
+    assert torch.equal(y_MN, ring.multiply(xq_MK, codes))
 
 
 @pytest.mark.parametrize("rows", [0, 5, 40])

@@ -13,7 +13,6 @@ import torch
 
 from tsqp.enclave.masks import Mask, MaskKey, MaskLedger, MaskRows
 from tsqp.errors import ExactnessError, MaskReuseError
-from tsqp.wire.codec import Claim
 
 
 def test_other_keys_give_other_rows() -> None:
@@ -94,14 +93,22 @@ def mask(rows: tuple[int, ...] = (2, 3)) -> Mask:
     return Mask(parts, lambda at, count: torch.arange(at, at + count, dtype=torch.int32)[:, None].expand(count, 4))
 
 
-def test_a_mask_adds_each_parts_words_and_takes_its_products_off() -> None:
-    hidden = mask().add(torch.full((5, 4), (1 << 31) - 1, dtype=torch.int32))
+def test_a_mask_adds_each_parts_words_and_gives_each_parts_products() -> None:
+    used = mask()
+    hidden = used.add(torch.full((5, 4), (1 << 31) - 1, dtype=torch.int32))
     low = -(1 << 31)
     assert hidden[:, 0].tolist() == [(1 << 31) - 1, low, low + 19, low + 20, low + 21]
-    claim = mask().remove(Claim(torch.zeros(5, 2, dtype=torch.int32), "head from w"))
-    assert isinstance(claim, Claim)
-    assert claim.source == "head from w"
-    assert torch.equal(claim.unverified(), torch.ones(5, 2, dtype=torch.int32))
+    assert torch.equal(torch.cat(used.products()), torch.full((5, 2), -1, dtype=torch.int32))
+
+
+def test_a_mask_is_taken_off_once_and_only_after_it_was_put_on() -> None:
+    used = mask()
+    with pytest.raises(MaskReuseError, match="hides nothing"):
+        used.products()
+    used.add(torch.zeros(5, 4, dtype=torch.int32))
+    used.products()
+    with pytest.raises(MaskReuseError, match="a second time"):
+        used.products()
 
 
 def test_a_mask_hides_one_input() -> None:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from plain_link import PlainLink
 from torch import Tensor
 
 from tsqp.enclave.remote_ops import OpenOps
 from tsqp.enclave.session import Session
 from tsqp.errors import ProtocolError
 from tsqp.model.architecture import norm_shapes, parse_config
-from tsqp.transport.base import Buffer
+from tsqp.transport.base import Buffer, Delivery
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import RequestFrames
 from tsqp.wire.messages import AnyReply, TensorSpec
@@ -31,7 +32,7 @@ CONFIG = parse_config(
 Answer = Callable[[RequestFrames], list[bytes]]
 
 
-class AnsweringTransport:
+class AnsweringTransport(PlainLink):
     """A worker in memory that answers each request with a function."""
 
     peer = "gpu.example:50051"
@@ -44,9 +45,9 @@ class AnsweringTransport:
         # Copied, as a real link would: the caller may reuse its buffers once the reply has come.
         self.asked.append(codec.decode_request([bytes(frame) for frame in frames]))
 
-    def receive(self, timeout_s: float) -> list[Buffer]:
+    def receive(self, timeout_s: float) -> Delivery:
         assert timeout_s > 0
-        return list(self.answer(self.asked[-1]))
+        return Delivery(self.answer(self.asked[-1]))
 
     def close(self) -> None:
         pass
@@ -72,7 +73,7 @@ def test_linear_sends_the_group_and_activations_in_the_wire_dtype(dtype: torch.d
     y_MN = torch.arange(24.0).view(1, 24).to(dtype)
     ops, worker = ops_with(answering(y_MN), dtype)
     x_MK = torch.arange(8.0).view(8, 1).T
-    came = ops.linear("layers.0.qkv", x_MK)
+    came = ops.linear("layers.0.qkv", x_MK)()
     assert came.dtype == torch.float32
     assert torch.equal(came, y_MN.float())
     (asked,) = worker.asked
@@ -84,7 +85,7 @@ def test_embedding_sends_ids_and_asks_for_the_wire_dtype() -> None:
     y_MD = torch.arange(24.0).view(3, 8).half()
     ops, worker = ops_with(answering(y_MD), torch.float16)
     ids_M = torch.tensor([3, 9, 1, 9, 31])[::2]
-    assert torch.equal(ops.embedding(ids_M), y_MD.float())
+    assert torch.equal(ops.embedding(ids_M)(), y_MD.float())
     (asked,) = worker.asked
     assert asked.header == messages.Embedding(id=1, ids=TensorSpec("int64", (3,)), dtype="float16")
     assert asked.tensors[0].tolist() == [3, 1, 31]
@@ -124,13 +125,13 @@ HOSTILE: dict[str, Answer] = {
 def test_a_hostile_product_is_refused(name: str) -> None:
     ops, _ = ops_with(HOSTILE[name])
     with pytest.raises(ProtocolError, match=r"linear layers\.0\.qkv (from|at) gpu\.example:50051"):
-        ops.linear("layers.0.qkv", torch.zeros(2, 8))
+        ops.linear("layers.0.qkv", torch.zeros(2, 8))()
 
 
 def test_embedding_and_matmul_refuse_other_shapes_too() -> None:
     ops, _ = ops_with(answering(torch.zeros(3, 9)))
     with pytest.raises(ProtocolError, match=r"embedding from gpu.*expected float32 \[3, 8\], got float32 \[3, 9\]"):
-        ops.embedding(torch.tensor([1, 2, 3]))
+        ops.embedding(torch.tensor([1, 2, 3]))()
     with pytest.raises(ProtocolError, match=r"matmul from gpu.*expected float32 \[3, 5\], got float32 \[3, 9\]"):
         ops.matmul(torch.zeros(3, 2), torch.zeros(2, 5))
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_link import PlainLink
 
 from tsqp.enclave.session import MAX_IN_FLIGHT, Expected, Session, check_peer
 from tsqp.errors import (
@@ -23,7 +24,7 @@ from tsqp.errors import (
     TsqpError,
 )
 from tsqp.model.architecture import LlamaConfig, RopeParameters, linear_groups
-from tsqp.transport.base import Buffer
+from tsqp.transport.base import Buffer, Delivery
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import AnyReply, AnyRequest, GroupSpec, TensorSpec
 
@@ -43,7 +44,7 @@ CONFIG = LlamaConfig(
 )
 
 
-class FakeTransport:
+class FakeTransport(PlainLink):
     """A worker in memory: ``inbox`` is what it will say, ``sent`` what it was told."""
 
     peer = "gpu.example:50051"
@@ -58,13 +59,13 @@ class FakeTransport:
     def send(self, frames: Sequence[Buffer]) -> None:
         self.sent.append(list(frames))
 
-    def receive(self, timeout_s: float) -> list[Buffer]:
+    def receive(self, timeout_s: float) -> Delivery:
         self.timeouts_s.append(timeout_s)
         if self.gone:
             raise TransportClosedError(f"the worker at {self.peer} closed the connection or died.")
         if not self.inbox:
             raise TransportTimeoutError(f"{self.peer} did not answer within {timeout_s:g} s.")
-        return list(self.inbox.pop(0))
+        return Delivery(self.inbox.pop(0))
 
     def close(self) -> None:
         self.closed += 1

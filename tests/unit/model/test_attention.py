@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ SHAPES = [
     pytest.param((1, 33, 4, 1, 16), id="multi-query"),
     pytest.param((3, 1, 4, 2, 8), id="one-token"),
     pytest.param((1, 2, 1, 1, 2), id="smallest"),
+    pytest.param((1, 64, 2, 1, 4), id="one-block"),
+    pytest.param((2, 131, 4, 2, 8), id="three-blocks"),
 ]
 
 
@@ -42,11 +45,15 @@ def random_qkv(shape: tuple[int, ...], scale: float = 1.0) -> tuple[Tensor, Tens
     return q, k, v
 
 
+def causal(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor) -> Tensor:
+    return causal_attention(q_BTNH, k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2), q_BTNH.shape[1])
+
+
 def offloaded(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor) -> Tensor:
-    return offloaded_attention(q_BTNH, k_BTGH, v_BTGH, torch.matmul)
+    return offloaded_attention(q_BTNH, k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2), q_BTNH.shape[1], torch.matmul)
 
 
-@pytest.mark.parametrize("attention", [causal_attention, offloaded], ids=["causal", "offloaded"])
+@pytest.mark.parametrize("attention", [causal, offloaded], ids=["causal", "offloaded"])
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["soft", "peaked"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_formula(attention: Any, shape: tuple[int, ...], scale: float) -> None:
@@ -57,7 +64,18 @@ def test_equals_the_formula(attention: Any, shape: tuple[int, ...], scale: float
     torch.testing.assert_close(y.double(), exact(q, k, v), rtol=0, atol=4e-6 * max(scale, 1.0))
 
 
-@pytest.mark.parametrize("attention", [causal_attention, offloaded], ids=["causal", "offloaded"])
+@pytest.mark.parametrize("attention", [causal_attention, None], ids=["causal", "offloaded"])
+@pytest.mark.parametrize("last", [1, 2, 63, 64, 65, 130])
+def test_the_last_tokens_alone_get_what_they_get_among_all(attention: Any, last: int) -> None:
+    attend = attention or partial(offloaded_attention, matmul=torch.matmul)
+    q, k, v = random_qkv((2, 131, 4, 2, 8))
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    every = attend(q, k, v, 131)
+    assert torch.equal(attend(q, k, v, last), every[:, -last:])
+    torch.testing.assert_close(attend(q[:, -last:], k, v, last), every[:, -last:], rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("attention", [causal, offloaded], ids=["causal", "offloaded"])
 def test_first_token_sees_itself_only(attention: Any) -> None:
     q, k, v = random_qkv((1, 5, 2, 2, 4))
     torch.testing.assert_close(attention(q, k, v)[:, 0], v[:, 0].flatten(1), rtol=1e-6, atol=1e-6)
@@ -74,7 +92,7 @@ def test_offloaded_asks_for_two_products() -> None:
         return torch.matmul(a, b)
 
     q, k, v = random_qkv((2, 5, 6, 2, 8))
-    offloaded_attention(q, k, v, matmul)
+    offloaded_attention(q, k.transpose(1, 2), v.transpose(1, 2), 5, matmul)
     assert seen == [
         (torch.Size([2, 6, 5, 8]), torch.Size([2, 6, 8, 5])),
         (torch.Size([2, 6, 5, 5]), torch.Size([2, 6, 5, 8])),

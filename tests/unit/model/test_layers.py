@@ -96,14 +96,14 @@ def test_rotate_is_that_of_transformers() -> None:
     q_BTNH, k_BTGH = randn(2, 30, 4, 16), randn(2, 30, 2, 16, seed=1)
     cos, sin = reference.model.rotary_emb(q_BTNH, torch.arange(30)[None])
     q_theirs, k_theirs = apply_rotary_pos_emb(q_BTNH.transpose(1, 2), k_BTGH.transpose(1, 2), cos, sin)
-    table = RotaryTable(config_with(LLAMA3_ROPE)).upto(30)
+    table = RotaryTable(config_with(LLAMA3_ROPE)).between(0, 30)
     torch.testing.assert_close(rotate(q_BTNH, *table), q_theirs.transpose(1, 2), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rotate(k_BTGH, *table), k_theirs.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     config = config_with(ROPES["default"])
-    cos_TH, sin_TH = RotaryTable(config).upto(40)
+    cos_TH, sin_TH = RotaryTable(config).between(0, 40)
     q_H, k_H = randn(16), randn(16, seed=1)
     q_THH = rotate(q_H.expand(1, 40, 1, 16), cos_TH, sin_TH)[0, :, 0]
     k_THH = rotate(k_H.expand(1, 40, 1, 16), cos_TH, sin_TH)[0, :, 0]
@@ -117,15 +117,15 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
 def test_rotate_leaves_its_input_alone() -> None:
     x_BTNH = randn(1, 4, 2, 16)
     before = x_BTNH.clone()
-    rotate(x_BTNH, *RotaryTable(config_with(ROPES["default"])).upto(4))
+    rotate(x_BTNH, *RotaryTable(config_with(ROPES["default"])).between(0, 4))
     assert torch.equal(x_BTNH, before)
 
 
 def test_table_grows_and_shrinks_without_changing() -> None:
     config = config_with(LLAMA3_ROPE)
-    whole_cos, whole_sin = RotaryTable(config).upto(100)
+    whole_cos, whole_sin = RotaryTable(config).between(0, 100)
     table = RotaryTable(config)
     for tokens in (3, 100, 7, 1):
-        cos, sin = table.upto(tokens)
+        cos, sin = table.between(0, tokens)
         assert torch.equal(cos, whole_cos[:tokens])
         assert torch.equal(sin, whole_sin[:tokens])

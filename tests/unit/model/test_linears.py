@@ -145,11 +145,11 @@ def test_results_are_fresh_memory(linears: Linears) -> None:
     """The forward pass adds in place to what it gets: that must never be a weight."""
     ops = LocalOps(linears, {})
     ids, x_MK = torch.tensor([3, 3]), randn(2, TINY["hidden_size"])
-    before = ops.embedding(ids).clone(), ops.linear("head", x_MK).clone()
-    ops.embedding(ids).zero_()
-    ops.linear("head", x_MK).zero_()
-    assert torch.equal(ops.embedding(ids), before[0])
-    assert torch.equal(ops.linear("head", x_MK), before[1])
+    before = ops.embedding(ids)().clone(), ops.linear("head", x_MK)().clone()
+    ops.embedding(ids)().zero_()
+    ops.linear("head", x_MK)().zero_()
+    assert torch.equal(ops.embedding(ids)(), before[0])
+    assert torch.equal(ops.linear("head", x_MK)(), before[1])
 
 
 def test_progress_ends_at_one(checkpoint: Path) -> None:

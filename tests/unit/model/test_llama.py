@@ -75,6 +75,9 @@ def test_tiny_models_equal_transformers(tmp_path: Path, options: dict[str, Any])
     every = model.prefill(ids, all_logits=True)
     assert_same_logits(every, reference)
     assert_same_logits(model.prefill(ids), every[:, -1])
+    for parts in (2, 7):
+        assert_same_logits(model.prefill(ids, all_logits=True, parts=parts), reference)
+        assert_same_logits(model.prefill(ids, parts=parts), every[:, -1])
     assert_same_logits(load_llama(directory, offload_attention=True).prefill(ids, all_logits=True), reference)
 
 

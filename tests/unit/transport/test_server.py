@@ -21,7 +21,7 @@ from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec
 
-LIMIT_BYTES = 1 << 24
+LIMIT_BYTES = 1 << 22
 # Far longer than any of these messages takes; only a test that fails waits for it.
 PATIENCE_S = 60.0
 SHORT_S = 0.05
@@ -40,9 +40,16 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(params=["tcp", "ipc", "shm"])
+@pytest.fixture(params=["tcp", "ipc", "shm", "named"])
 def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
-    return parse(f"localhost:{free_port()}" if request.param == "tcp" else f"{request.param}://{tmp_path}/worker")
+    return parse(f"localhost:{free_port()}") if request.param == "tcp" else at_path(request.param, tmp_path)
+
+
+def at_path(kind: str, tmp_path: Path) -> Endpoint:
+    """Return an address with a path: of a socket, or, for ``named``, of a region in /dev/shm."""
+    if kind == "named":
+        return parse(f"shm:///dev/shm/tsqp-test-{os.getpid()}-{tmp_path.name}")
+    return parse(f"{kind}://{tmp_path}/worker")
 
 
 @pytest.fixture(params=["tcp", "ipc"])
@@ -51,8 +58,13 @@ def zeromq(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
 
 
 @pytest.fixture(params=["ipc", "shm"])
+def socket_path(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
+    return at_path(request.param, tmp_path)
+
+
+@pytest.fixture(params=["ipc", "shm", "named"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
-    return parse(f"{request.param}://{tmp_path}/worker")
+    return at_path(request.param, tmp_path)
 
 
 @pytest.fixture
@@ -94,7 +106,7 @@ def exchange(client: ClientTransport, server: Server) -> None:
     """Prove that the link works both ways."""
     client.send([b"ping"])
     receive(server).reply([b"pong"])
-    assert [bytes(frame) for frame in client.receive(PATIENCE_S)] == [b"pong"]
+    assert [bytes(frame) for frame in client.receive(PATIENCE_S).private()] == [b"pong"]
 
 
 def test_large_tensors_cross_both_ways(endpoint: Endpoint, serve: Serve, connect: Connect) -> None:
@@ -107,7 +119,7 @@ def test_large_tensors_cross_both_ways(endpoint: Endpoint, serve: Serve, connect
     assert torch.equal(codec.tensor_of(codec.spec_of(x), incoming.frames[1]), x)
     assert len(incoming.frames[2]) == 0
     incoming.reply([b"reply", codec.frame_of(-x)])
-    reply, frame = client.receive(PATIENCE_S)
+    reply, frame = client.receive(PATIENCE_S).private()
     assert bytes(reply) == b"reply"
     assert torch.equal(codec.tensor_of(codec.spec_of(x), frame), -x)
 
@@ -119,11 +131,12 @@ def test_replies_go_to_the_client_that_asked(endpoint: Endpoint, serve: Serve, c
     for incoming in [receive(server) for _ in clients][::-1]:
         incoming.reply([b"for", *incoming.frames])
     for index, client in enumerate(clients):
-        assert [bytes(frame) for frame in client.receive(PATIENCE_S)] == [b"for", bytes([index])]
+        assert [bytes(frame) for frame in client.receive(PATIENCE_S).private()] == [b"for", bytes([index])]
 
 
 def test_one_server_listens_on_several_addresses(serve: Serve, connect: Connect, tmp_path: Path) -> None:
-    endpoints = [parse(f"127.0.0.1:{free_port()}"), *(parse(f"{kind}://{tmp_path}/{kind}") for kind in ("ipc", "shm"))]
+    paths = [parse(f"{kind}://{tmp_path}/{kind}") for kind in ("ipc", "shm")]
+    endpoints = [parse(f"127.0.0.1:{free_port()}"), *paths, at_path("named", tmp_path)]
     server = serve(*endpoints)
     for endpoint in endpoints:
         exchange(connect(endpoint), server)
@@ -237,19 +250,19 @@ def test_a_path_in_use_is_refused_and_its_owner_undisturbed(path: Endpoint, serv
     exchange(connect(path), server)
 
 
-def test_the_socket_file_of_a_dead_worker_is_reused(path: Endpoint, serve: Serve, connect: Connect) -> None:
+def test_the_socket_file_of_a_dead_worker_is_reused(socket_path: Endpoint, serve: Serve, connect: Connect) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(path.path)
-    assert Path(path.path).is_socket()
-    server = serve(path)
-    exchange(connect(path), server)
+        dead.bind(socket_path.path)
+    assert Path(socket_path.path).is_socket()
+    server = serve(socket_path)
+    exchange(connect(socket_path), server)
 
 
-def test_a_file_that_is_no_socket_is_left_alone(path: Endpoint) -> None:
-    Path(path.path).write_text("precious")
-    with pytest.raises(SetupError, match=f"cannot listen on {path.url}: a file that is no socket"):
-        Server([path], LIMIT_BYTES)
-    assert Path(path.path).read_text() == "precious"
+def test_a_file_that_is_no_socket_is_left_alone(socket_path: Endpoint) -> None:
+    Path(socket_path.path).write_text("precious")
+    with pytest.raises(SetupError, match=f"cannot listen on {socket_path.url}: a file that is no socket"):
+        Server([socket_path], LIMIT_BYTES)
+    assert Path(socket_path.path).read_text() == "precious"
 
 
 def test_only_its_owner_may_use_a_socket(path: Endpoint, serve: Serve) -> None:

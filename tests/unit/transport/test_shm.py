@@ -17,14 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tsqp.errors import InputError, ProtocolError, SetupError, TransportClosedError
-from tsqp.transport import region, shm
+from tsqp.transport import guests, region, shm
 from tsqp.transport.base import Incoming
 from tsqp.transport.server import Server
-from tsqp.transport.shm import ShmClient
+from tsqp.transport.shm import ShmClient, connect_socket
 from tsqp.transport.urls import Endpoint, parse
 
 LIMIT_BYTES = 1 << 16
@@ -50,7 +48,7 @@ def server(endpoint: Endpoint) -> Iterator[Server]:
 @pytest.fixture
 def client(endpoint: Endpoint, server: Server) -> Iterator[ShmClient]:
     assert not server.hung_up
-    client = ShmClient(endpoint, LIMIT_BYTES)
+    client = connect_socket(endpoint, LIMIT_BYTES)
     yield client
     client.close()
 
@@ -65,7 +63,7 @@ def exchange(client: ShmClient, server: Server) -> None:
     """Prove that the link works both ways."""
     client.send([b"ping"])
     receive(server).reply([b"pong"])
-    assert client.receive(PATIENCE_S) == [b"pong"]
+    assert client.receive(PATIENCE_S).private() == [b"pong"]
 
 
 def test_the_worker_reads_a_long_frame_where_the_client_wrote_it(client: ShmClient, server: Server) -> None:
@@ -75,19 +73,148 @@ def test_the_worker_reads_a_long_frame_where_the_client_wrote_it(client: ShmClie
     assert bytes(frame[:5]) == b"later"
 
 
-def test_the_enclave_has_a_copy_that_the_worker_cannot_change(client: ShmClient, server: Server) -> None:
+def test_the_enclave_reads_a_long_frame_where_the_worker_wrote_it_until_it_copies(
+    client: ShmClient, server: Server
+) -> None:
     client.send([b"question"])
-    receive(server).reply([bytes(10_000)])
-    (frame,) = client.receive(PATIENCE_S)
+    receive(server).reply([b"header", bytes(10_000)])
+    delivery = client.receive(PATIENCE_S)
     half = mmap.PAGESIZE + LIMIT_BYTES
     client._link._memory[half : half + 5] = b"later"
-    assert bytes(frame) == bytes(10_000)
+    assert bytes(delivery.frames[1][:5]) == b"later"
+    _, frame = delivery.private()
+    client._link._memory[half : half + 5] = b"never"
+    assert bytes(frame[:5]) == b"later"
+
+
+def test_a_header_is_a_copy_on_both_sides(client: ShmClient, server: Server) -> None:
+    client.send([bytes(10_000)])
+    incoming = receive(server)
+    client._link._memory[mmap.PAGESIZE : mmap.PAGESIZE + 5] = b"later"
+    assert bytes(incoming.frames[0]) == bytes(10_000)
+    incoming.reply([bytes(10_000)])
+    delivery = client.receive(PATIENCE_S)
+    half = mmap.PAGESIZE + LIMIT_BYTES
+    client._link._memory[half : half + 5] = b"later"
+    assert bytes(delivery.frames[0]) == bytes(10_000)
+
+
+def test_a_slot_is_sent_without_a_copy_both_ways(client: ShmClient, server: Server) -> None:
+    slot = client.allocate(9000)
+    assert slot is not None
+    assert not slot.readonly
+    slot[:] = b"x" * 9000
+    client.send([b"header", slot])
+    incoming = receive(server)
+    slot[:5] = b"later"  # to prove that it is the same memory; nobody may do so
+    assert bytes(incoming.frames[1][:5]) == b"later"
+    answer = incoming.allocate(10_000)
+    assert answer is not None
+    incoming.reply([b"header", answer])
+    answer[:5] = b"later"
+    assert bytes(client.receive(PATIENCE_S).frames[1][:5]) == b"later"
+
+
+def test_slots_may_be_sent_in_any_order_and_given_back(client: ShmClient, server: Server) -> None:
+    for _ in range(50):
+        slots = [client.allocate(20_000) for _ in range(3)]
+        assert client.allocate(20_000) is None
+        for number in (2, 0):
+            slot = slots[number]
+            assert slot is not None
+            slot[:] = bytes([number]) * 20_000
+            client.send([b"header", slot])
+        assert slots[1] is not None
+        client.discard(slots[1])
+        for number in (2, 0):
+            incoming = receive(server)
+            assert bytes(incoming.frames[1]) == bytes([number]) * 20_000
+            incoming.reply([b"done"])
+            client.receive(PATIENCE_S).release()
+    assert client.allocate(LIMIT_BYTES) is not None
+
+
+def test_a_slot_sent_twice_is_copied(client: ShmClient, server: Server) -> None:
+    slot = client.allocate(9000)
+    assert slot is not None
+    slot[:] = b"x" * 9000
+    client.send([b"first", slot])
+    client.send([b"again", slot, slot])
+    client.discard(slot)
+    assert [len(receive(server).frames) for _ in range(2)] == [2, 3]
+    assert client._link._spans.used == 3 * 9024
+
+
+def test_a_slot_that_blocks_a_message_in_front_of_it_gives_way(client: ShmClient, server: Server) -> None:
+    """A message waits for room that the slot of the message after it takes: nobody else would move it."""
+    for size in (40_000, 20_000):
+        first, slot = client.allocate(12_000), client.allocate(size)
+        assert first is not None
+        assert slot is not None
+        slot[:] = b"s" * size
+        client.discard(first)
+        client.send([b"header", bytes(LIMIT_BYTES - size - 100)])
+        client.send([b"header", slot])
+        for expected in (LIMIT_BYTES - size - 100, size):
+            incoming = receive(server)
+            assert len(incoming.frames[1]) == expected
+            incoming.reply([b"done"])
+            client.receive(PATIENCE_S).release()
+
+
+def test_replies_may_be_released_in_any_order(client: ShmClient, server: Server) -> None:
+    for _ in range(3):
+        client.send([b"question"])
+        receive(server).reply([b"header", bytes(20_000)])
+    deliveries = [client.receive(PATIENCE_S) for _ in range(3)]
+    consumed = []
+    for number in (1, 1, 2, 0):
+        deliveries[number].release()
+        consumed.append(client._link._counters[0])
+    assert consumed == [0, 0, 0, 3]
+
+
+def test_replies_may_be_given_in_any_order_and_slots_left_out_are_free(client: ShmClient, server: Server) -> None:
+    for number in range(2):
+        client.send([bytes([number]), bytes(20_000)])
+    first, second = receive(server), receive(server)
+    unused = first.allocate(30_000)
+    assert unused is not None
+    assert second.allocate(60_000) is None
+    second.reply([b"second"])
+    assert client._link._counters[8] == 0
+    first.reply([b"first"])
+    assert client._link._counters[8] == 2
+    assert [bytes(client.receive(PATIENCE_S).frames[0]) for _ in range(2)] == [b"second", b"first"]
+    client.send([b"more"])
+    assert receive(server).allocate(60_000) is not None
+
+
+def test_a_client_that_is_gone_gets_no_slot(client: ShmClient, server: Server) -> None:
+    client.send([b"question"])
+    incoming = receive(server)
+    client.close()
+    assert server.receive(0) is None
+    assert incoming.allocate(10_000) is None
+    incoming.reply([b"nobody hears"])
+
+
+def test_while_a_message_waits_for_room_there_are_no_slots(client: ShmClient) -> None:
+    client.send([b"header", bytes(40_000)])
+    client.send([b"header", bytes(40_000)])
+    assert client._link.has_unsent
+    assert client.allocate(10_000) is None
+
+
+def test_a_short_frame_travels_in_the_datagram_and_needs_no_slot(client: ShmClient) -> None:
+    assert client.allocate(4096) is None
+    assert client.allocate(0) is None
 
 
 @pytest.mark.usefixtures("server")
 def test_no_name_is_left_in_dev_shm(endpoint: Endpoint) -> None:
     before = set(DEV_SHM.iterdir())
-    client = ShmClient(endpoint, LIMIT_BYTES)
+    client = connect_socket(endpoint, LIMIT_BYTES)
     client.send([bytes(10_000)])
     assert set(DEV_SHM.iterdir()) == before
     client.close()
@@ -108,7 +235,7 @@ def test_messages_beyond_the_room_wait_and_none_is_lost(client: ShmClient, serve
         for number in range(40):
             client.send([bytes([number]) * 30_000])
         for number in range(40):
-            assert bytes(client.receive(PATIENCE_S)[0]) == bytes([255 - number]) * 30_000
+            assert bytes(client.receive(PATIENCE_S).private()[0]) == bytes([255 - number]) * 30_000
         done.result(PATIENCE_S)
 
 
@@ -133,7 +260,7 @@ def test_many_short_frames_fit_one_message(client: ShmClient, server: Server) ->
 
 def test_nobody_there_is_said_at_once(endpoint: Endpoint) -> None:
     with pytest.raises(SetupError, match=f"cannot connect to {endpoint}: No such file.*Is the worker running"):
-        ShmClient(endpoint, LIMIT_BYTES)
+        connect_socket(endpoint, LIMIT_BYTES)
 
 
 def sealed_region(size: int = REGION_BYTES, seals: int = SEALS) -> int:
@@ -224,39 +351,8 @@ def test_a_worker_whose_counter_lies_is_named(client: ShmClient) -> None:
         client.send([b"question"])
 
 
-@given(st.data())
-def test_what_is_not_consumed_is_never_overwritten(data: st.DataObject) -> None:
-    room = region.Room(1000)
-    spans: list[range] = []
-    sent = consumed = 0
-    for _ in range(data.draw(st.integers(1, 60))):
-        if spans and data.draw(st.sampled_from((True, False))):
-            spans.pop(0)
-            consumed += 1
-            room.release(consumed)
-        size = data.draw(st.integers(0, 400))
-        try:
-            start = room.reserve(size)
-        except region.FullError:
-            assert spans
-            continue
-        sent += 1
-        assert 0 <= start <= start + size <= 1000
-        assert all(start + size <= span.start or span.stop <= start for span in spans if size and len(span))
-        spans.append(range(start, start + size))
-
-
-def test_an_empty_room_takes_all_of_it() -> None:
-    room = region.Room(1000)
-    for consumed in range(1, 4):
-        assert room.reserve(1000) == 0
-        with pytest.raises(region.FullError):
-            room.reserve(1)
-        room.release(consumed)
-
-
 def test_a_client_with_a_larger_limit_is_told_so(endpoint: Endpoint, server: Server) -> None:
-    client = ShmClient(endpoint, 2 * LIMIT_BYTES)
+    client = connect_socket(endpoint, 2 * LIMIT_BYTES)
     client.send([b"hello"])
     for _ in range(2):
         assert server.receive(0) is None
@@ -293,14 +389,14 @@ def test_a_client_that_takes_no_reply_is_not_heard_and_holds_one_message(
     for _ in range(2):
         receive(server).reply([bytes(40_000)])
     assert server.receive(0) is None
-    other = ShmClient(endpoint, LIMIT_BYTES)
+    other = connect_socket(endpoint, LIMIT_BYTES)
     exchange(other, server)
     other.close()
-    assert len(client.receive(PATIENCE_S)[0]) == 40_000
+    assert len(client.receive(PATIENCE_S).private()[0]) == 40_000
     assert server.receive(0) is None
-    assert len(client.receive(PATIENCE_S)[0]) == 40_000
+    assert len(client.receive(PATIENCE_S).private()[0]) == 40_000
     receive(server).reply([b"at last"])
-    assert client.receive(PATIENCE_S) == [b"at last"]
+    assert client.receive(PATIENCE_S).private() == [b"at last"]
 
 
 def test_a_client_that_takes_no_reply_for_long_is_dropped(
@@ -313,7 +409,7 @@ def test_a_client_that_takes_no_reply_for_long_is_dropped(
             receive(server).reply([bytes(40_000)])
         assert server.receive(0) is None
         assert connection.recv(100)
-        monkeypatch.setattr(shm, "_PATIENCE_S", -1.0)
+        monkeypatch.setattr(guests, "PATIENCE_S", -1.0)
         assert server.receive(0) is None
         assert connection.recv(100) == b""
 
@@ -323,7 +419,7 @@ def test_a_client_that_hands_nothing_over_is_dropped(
 ) -> None:
     with contextlib.closing(connected(endpoint)) as connection:
         assert server.receive(0) is None
-        monkeypatch.setattr(shm, "_PATIENCE_S", -1.0)
+        monkeypatch.setattr(shm, "PATIENCE_S", -1.0)
         assert server.receive(0) is None
         assert connection.recv(100) == b""
 
@@ -339,9 +435,10 @@ def test_a_worker_out_of_descriptors_still_returns_and_recovers(
 ) -> None:
     monkeypatch.setattr(shm, "_PAUSE_S", 0.05)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    waiting = ShmClient(endpoint, LIMIT_BYTES)
+    waiting = connect_socket(endpoint, LIMIT_BYTES)
+    assert isinstance(waiting._link.bell, region.SocketBell)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (waiting._connection.fileno() + 1, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (waiting._link.bell._connection.fileno() + 1, limits[1]))
         taken = []
         with contextlib.suppress(OSError):
             while True:

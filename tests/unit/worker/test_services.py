@@ -41,10 +41,11 @@ def groups(tiny_llama: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def services(tiny_llama: Path, codes: dict[str, Tensor], groups: Any) -> dict[str, WorkerService]:
+    laid_out = {name: ring.lay_out(codes_NK) for name, codes_NK in codes.items()}
     return {
         "open": OpenService(load_linears(tiny_llama), {}),
-        "exact": ExactService(groups, codes, CPU),
-        "masks": DealerService(groups, codes, CPU),
+        "exact": ExactService(groups, laid_out, CPU),
+        "masks": DealerService(groups, laid_out, CPU),
     }
 
 
@@ -76,7 +77,7 @@ def test_each_service_answers_its_own_requests_only(
 def test_exact_products_and_codes_are_the_models(services: dict[str, WorkerService], codes: dict[str, Tensor]) -> None:
     x_MK = torch.randint(-(1 << 31), (1 << 31) - 1, (5, 48)).int()
     header = messages.LinearExact(id=1, group=GROUP, x=codec.spec_of(x_MK))
-    assert torch.equal(services["exact"].product(header, (x_MK,)), ring.multiply(x_MK, codes[GROUP]))
+    assert torch.equal(services["exact"].product(header, (x_MK,)), ring.multiply(x_MK, ring.lay_out(codes[GROUP])))
     asked = messages.Codes(id=1, group=GROUP, first=7, rows=4)
     assert torch.equal(services["exact"].product(asked, ()), codes[GROUP][7:11])
 
@@ -87,7 +88,7 @@ def test_mask_products_are_those_of_the_seeds_rows_of_that_group(
     number = list(codes).index(GROUP)
     header = messages.MaskProduct(id=1, group=GROUP, seed=SEED, first=11, count=3)
     r_MK = keystream_rows(SEED, number, 11, 3, 48)
-    assert torch.equal(services["masks"].product(header, ()), ring.multiply(r_MK, codes[GROUP]))
+    assert torch.equal(services["masks"].product(header, ()), ring.multiply(r_MK, ring.lay_out(codes[GROUP])))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""How many prefills a worker answers for 8 clients at once, against 1 client. Prints JSON.
+
+python benchmarks/worker_throughput.py [--clients 8] [--rounds 7] > benchmarks/results/worker-throughput-DATE.json
+
+One process generates the load. Each client is a session in a thread of its own that sends the linear requests of one
+prefill after the other, with fixed random activations, and waits for each reply before it sends the next. Nothing
+else of an enclave is computed. One client and several take turns within each round; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+
+from tsqp.bench import hardware
+from tsqp.config import EnclaveConfig
+from tsqp.enclave.session import Session
+from tsqp.launch import local_worker
+from tsqp.model.architecture import LinearGroup, linear_groups, read_config
+from tsqp.model.locate import BUNDLED, locate
+from tsqp.threads import share_cores
+from tsqp.transport.client import open_client
+from tsqp.transport.urls import parse
+from tsqp.wire import codec, messages
+
+TOKENS = 16
+LEVELS: dict[str, tuple[str, ...]] = {"open": (), "exact": ("--exact",)}
+Step = tuple[type[messages.Linear | messages.LinearExact], str, messages.TensorSpec, memoryview]
+
+
+def replay(level: str) -> list[Step]:
+    """Return the linear requests of one prefill, in order; the last layer sees one position after attention."""
+    config = read_config(locate(BUNDLED))
+    last = f"layers.{config.layers - 1}."
+    generator = torch.Generator().manual_seed(0)
+    steps: list[Step] = []
+    for group in linear_groups(config):
+        alone = group.name == "head" or (group.name.startswith(last) and not group.name.endswith("qkv"))
+        x_MK = _activations(level, 1 if alone else TOKENS, group, generator)
+        kind = messages.LinearExact if level == "exact" else messages.Linear
+        steps.append((kind, group.name, codec.spec_of(x_MK), codec.frame_of(x_MK)))
+    return steps
+
+
+def _activations(level: str, rows: int, group: LinearGroup, generator: torch.Generator) -> torch.Tensor:
+    shape = (rows, group.in_features)
+    if level == "exact":
+        return torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(torch.int32)
+    return torch.randn(shape, generator=generator)
+
+
+def prefill(session: Session, steps: Sequence[Step]) -> None:
+    """Send each request once the reply to the one before is here."""
+    for kind, group, spec, frame in steps:
+        request_id = session.submit(partial(_header, kind, group, spec), [frame])
+        session.result(request_id, messages.Result)
+
+
+def _header(
+    kind: type[messages.Linear | messages.LinearExact], group: str, spec: messages.TensorSpec, request_id: int
+) -> messages.Linear | messages.LinearExact:
+    return kind(id=request_id, group=group, x=spec)
+
+
+def throughput(sessions: Sequence[Session], steps: Sequence[Step], prefills: int) -> float:
+    """Return prefills per second of all sessions at once."""
+    barrier = threading.Barrier(len(sessions) + 1)
+
+    def client(session: Session) -> None:
+        barrier.wait()
+        for _ in range(prefills):
+            prefill(session, steps)
+
+    threads = [threading.Thread(target=client, args=(session,)) for session in sessions]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    started = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return len(sessions) * prefills / (time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def connected(url: str, count: int) -> Iterator[list[Session]]:
+    """Open sessions to a worker."""
+    config = EnclaveConfig()
+    with contextlib.ExitStack() as stack:
+        sessions = []
+        for _ in range(count):
+            sessions.append(Session(open_client(parse(url), config.max_message_bytes), config.request_timeout_s))
+            stack.callback(sessions[-1].close)
+            sessions[-1].hello(config.connect_timeout_s)
+        yield sessions
+
+
+def measure(level: str, scheme: str, clients: int, rounds: int, prefills: int) -> dict[str, Any]:
+    """Let one client and several take turns."""
+    steps = replay(level)
+    rates: dict[int, list[float]] = {1: [], clients: []}
+    with local_worker(["--model", BUNDLED, *LEVELS[level]], scheme) as url, connected(url, clients) as sessions:
+        for turn in range(rounds + 1):
+            for count, found in rates.items():
+                rate = throughput(sessions[:count], steps, prefills)
+                if turn:  # the first is to warm up
+                    found.append(rate)
+        stats = counters(sessions[0])
+    medians = {count: statistics.median(found) for count, found in rates.items()}
+    return {
+        "requests_per_prefill": len(steps),
+        "prefills_per_s": {str(count): round(value, 2) for count, value in medians.items()},
+        "each_round": {str(count): [round(rate, 2) for rate in found] for count, found in rates.items()},
+        "gain": round(medians[clients] / medians[1], 2),
+        "requests_per_product": round(stats.product_requests / max(1, stats.products), 2),
+    }
+
+
+def counters(session: Session) -> messages.StatsResult:
+    """Ask the worker for its counters."""
+    return session.result(session.submit(lambda i: messages.Stats(id=i)), messages.StatsResult)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prefills", type=int, default=6, help="of each client per turn")
+    parser.add_argument("--scheme", choices=("shm", "ipc"), default="shm")
+    parser.add_argument("--level", choices=tuple(LEVELS), action="append")
+    asked = parser.parse_args()
+    levels = asked.level or list(LEVELS)
+    options = f"--clients {asked.clients} --rounds {asked.rounds} --prefills {asked.prefills} --scheme {asked.scheme}"
+    report = {
+        "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
+        "commit": hardware.commit(),
+        "command": f"python benchmarks/worker_throughput.py {options}",
+        "hardware": msgspec.to_builtins(hardware.describe()),
+        "load": f"one process, a thread per client; prefills of {TOKENS} tokens, bundled model, over {asked.scheme}",
+        "rounds": asked.rounds,
+        "levels": {
+            level: measure(level, asked.scheme, asked.clients, asked.rounds, asked.prefills) for level in levels
+        },
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    share_cores()
+    main()

@@ -1,0 +1,18 @@
+def best() -> int: ...
+def multiply(x: int, panels: int, y: int, rows: int, inputs: int, outputs: int, isa: int, threads: int, /) -> None: ...
+def quantize(x: int, factor: float, xq: int, scale: int, rows: int, inputs: int, isa: int, threads: int, /) -> int: ...
+def dequantize(
+    y: int,
+    row_scale: int,
+    column_scale: int,
+    bias: int,
+    out: int,
+    rows: int,
+    outputs: int,
+    isa: int,
+    threads: int,
+    /,
+) -> None: ...
+def dots(
+    words: int, masks: int, out: int, limbs: int, result: int, rows: int, length: int, isa: int, threads: int, /
+) -> None: ...

@@ -1,0 +1,207 @@
+"""Native CPU kernels (``tsqp._native``, sources in ``native/``): whether they are there, and checked calls of them.
+
+Each has a twin in PyTorch beside its caller, which gives the same bits and serves where the extension is not built. The
+extension sees addresses and sizes only, so dtype, shape, layout and alignment are checked here, on every call.
+
+``TSQP_NATIVE`` (docs/configuration.md) chooses an instruction set below the processor's best one, or ``off``. It
+changes speed and nothing else.
+
+Shapes: M rows, K inputs, N outputs, P panels of codes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tsqp.errors import ConfigError, ExactnessError
+
+_reason = ""
+try:
+    from tsqp import _native as _extension
+except ImportError as _error:
+    _extension = None  # type: ignore[assignment]
+    _reason = str(_error)
+
+VARIABLE = "TSQP_NATIVE"
+# In order: a processor that has one has those before it. The numbers are native.h's.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512-vnni")
+_OFF = "off"
+# Outputs of a panel, and inputs of a pair, in the layout of codes.
+PANEL = 16
+PAIR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The extension, with one of this processor's instruction sets."""
+
+    instructions: str
+
+    def multiply(self, x_MK: Tensor, panels: Tensor, y_MN: Tensor) -> None:
+        """Store x W^T modulo 2^32 in y; see ``ring.NativeKernel``.
+
+        Args:
+            x_MK: int32.
+            panels: int8, shape (P, ceil(K / 2), 16, 2), contiguous.
+            y_MN: int32, contiguous.
+
+        Raises:
+            ExactnessError: other dtypes, shapes or layouts.
+        """
+        (rows, inputs), outputs = x_MK.shape, y_MN.shape[-1]
+        x_MK = _readable(x_MK)
+        _extension.multiply(
+            _address(x_MK, torch.int32, rows, inputs),
+            _address(panels, torch.int8, -(-outputs // PANEL), -(-inputs // PAIR), PANEL, PAIR),
+            _address(y_MN, torch.int32, rows, outputs),
+            rows,
+            inputs,
+            outputs,
+            self._level,
+            torch.get_num_threads(),
+        )
+
+    def quantize(self, x_MK: Tensor, factor: float) -> tuple[Tensor, Tensor, int]:
+        """Return round(x / s) as int32, s = ||x|| factor as float64 (M, 1), and how many rows are not finite.
+
+        Args:
+            x_MK: float32.
+            factor: at least 0; see ``quantize_activations``.
+
+        Raises:
+            ExactnessError: another dtype or shape.
+        """
+        rows, inputs = x_MK.shape
+        x_MK = _readable(x_MK)
+        xq_MK = torch.empty(rows, inputs, dtype=torch.int32)
+        scale_M1 = torch.empty(rows, 1, dtype=torch.float64)
+        failures = _extension.quantize(
+            _address(x_MK, torch.float32, rows, inputs),
+            factor,
+            _address(xq_MK, torch.int32, rows, inputs),
+            _address(scale_M1, torch.float64, rows, 1),
+            rows,
+            inputs,
+            self._level,
+            torch.get_num_threads(),
+        )
+        return xq_MK, scale_M1, failures
+
+    def dequantize(
+        self, y_MN: Tensor, scale_M1: Tensor, scale_N: Tensor, bias_N: Tensor | None, real_MN: Tensor
+    ) -> None:
+        """Store (float) y s_x s_j (+ bias) in ``real_MN``, float32 and contiguous, which may be y's own memory.
+
+        Raises:
+            ExactnessError: other dtypes, shapes or layouts.
+        """
+        rows, outputs = y_MN.shape
+        y_MN, scale_M1, scale_N = _readable(y_MN), _readable(scale_M1), _readable(scale_N)
+        bias_N = None if bias_N is None else _readable(bias_N)
+        _extension.dequantize(
+            _address(y_MN, torch.int32, rows, outputs),
+            _address(scale_M1, torch.float64, rows, 1),
+            _address(scale_N, torch.float32, outputs),
+            0 if bias_N is None else _address(bias_N, torch.float32, outputs),
+            _address(real_MN, torch.float32, rows, outputs),
+            rows,
+            outputs,
+            self._level,
+            torch.get_num_threads(),
+        )
+
+    def dots(
+        self, words_MN: Tensor, limbs_3N: Tensor, masks_MN: Tensor | None = None, out_MN: Tensor | None = None
+    ) -> Tensor:
+        """Return the inner products of words, less masks, with a vector modulo 2^61 - 1: int64, shape (M,).
+
+        Args:
+            words_MN: int32; each is read once, so that another process may change them meanwhile.
+            limbs_3N: the vector's limbs of 21 bits, int32.
+            masks_MN: int32, subtracted modulo 2^32 before anything else.
+            out_MN: where to store the words that were summed; int32, contiguous.
+
+        Raises:
+            ExactnessError: other dtypes, shapes or layouts.
+        """
+        rows, length = words_MN.shape
+        words_MN, limbs_3N = _readable(words_MN), _readable(limbs_3N)
+        masks_MN = None if masks_MN is None else _readable(masks_MN)
+        dots_M = torch.empty(rows, dtype=torch.int64)
+        _extension.dots(
+            _address(words_MN, torch.int32, rows, length),
+            0 if masks_MN is None else _address(masks_MN, torch.int32, rows, length),
+            0 if out_MN is None else _address(out_MN, torch.int32, rows, length),
+            _address(limbs_3N, torch.int32, 3, length),
+            _address(dots_M, torch.int64, rows),
+            rows,
+            length,
+            self._level,
+            torch.get_num_threads(),
+        )
+        return dots_M
+
+    @property
+    def _level(self) -> int:
+        return INSTRUCTION_SETS.index(self.instructions)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Return a tensor as the extension reads it, a copy where rows are strided or elements not aligned."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def _address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
+    address = tensor.data_ptr()
+    right = tensor.dtype == dtype and tensor.shape == shape and tensor.is_cpu and tensor.is_contiguous()
+    if not right or address % dtype.itemsize:
+        raise ExactnessError(
+            f"a native kernel takes contiguous {dtype} {list(shape)} on the cpu, "
+            f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {list(tensor.stride())}."
+        )
+    return address
+
+
+def available() -> tuple[str, ...]:
+    """Return the instruction sets that can be used, the best last; none where the extension is not built."""
+    return INSTRUCTION_SETS[: _extension.best() + 1] if _extension else ()
+
+
+@cache
+def kernels() -> Kernels | None:
+    """Return the kernels to use in this process; None if PyTorch's twins are to be used.
+
+    Raises:
+        ConfigError: ``TSQP_NATIVE`` names no instruction set, or one that this processor or installation lacks.
+    """
+    asked = os.environ.get(VARIABLE)
+    if asked is None:
+        return Kernels(available()[-1]) if available() else None
+    if asked == _OFF:
+        return None
+    if asked not in INSTRUCTION_SETS:
+        raise ConfigError(
+            f"{VARIABLE}={asked}: expected {_OFF}, {', '.join(INSTRUCTION_SETS[:-1])} or {INSTRUCTION_SETS[-1]}."
+        )
+    if asked not in available():
+        found = f"this processor has {', '.join(available())}" if available() else f"they are not built ({_reason})"
+        raise ConfigError(f"{VARIABLE}={asked}: native kernels cannot use it; {found}.")
+    return Kernels(asked)
+
+
+def notice() -> str | None:
+    """Return what to tell the user in a sentence where PyTorch's slower twins serve; None where all is well."""
+    if kernels():
+        return None
+    if _extension:
+        return f"{VARIABLE}={_OFF}: exact products, checks and scaling are computed by PyTorch, slower."
+    return (
+        "the native kernels are not built, so exact products, checks and scaling are computed by PyTorch, slower: "
+        "install a C compiler, then tsqp again."
+    )

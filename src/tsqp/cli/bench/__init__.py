@@ -1,0 +1,3 @@
+"""``tsqp bench``: measure the split on this machine."""
+
+from tsqp.cli.bench.commands import bench as bench

@@ -1,0 +1,123 @@
+/* tsqp._native: the kernels as Python functions of addresses and sizes. They check nothing but the instruction set:
+ * arith/native.py is the only caller, and checks dtypes, shapes, layout and bounds. The interpreter's lock is released. */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include "native.h"
+
+enum isa best_isa(void)
+{
+#if TSQP_X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        return AVX512_VNNI;
+    if (__builtin_cpu_supports("avx2"))
+        return AVX2;
+#endif
+    return PORTABLE;
+}
+
+/* An instruction that the processor lacks would end the process. */
+static enum isa possible(int isa)
+{
+    const enum isa best = best_isa();
+    return isa < PORTABLE ? PORTABLE : isa < (int)best ? (enum isa)isa : best;
+}
+
+static PyObject *best(PyObject *self, PyObject *arguments)
+{
+    (void)self, (void)arguments;
+    return PyLong_FromLong(best_isa());
+}
+
+#define ADDRESS(type, value) ((type)(uintptr_t)(value))
+typedef unsigned long long address;
+
+static PyObject *multiply(PyObject *self, PyObject *arguments)
+{
+    address x, panels, y;
+    Py_ssize_t rows, inputs, outputs;
+    int isa, threads, failed;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKnnnii", &x, &panels, &y, &rows, &inputs, &outputs, &isa, &threads))
+        return NULL;
+    const struct product product = {ADDRESS(const int32_t *, x), ADDRESS(const int8_t *, panels), ADDRESS(int32_t *, y),
+                                    (size_t)rows, (size_t)inputs, (size_t)outputs};
+    Py_BEGIN_ALLOW_THREADS
+    failed = exact_product(&product, possible(isa), threads);
+    Py_END_ALLOW_THREADS
+    if (failed)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *quantize(PyObject *self, PyObject *arguments)
+{
+    address x, xq, scale;
+    double factor;
+    Py_ssize_t rows, inputs;
+    int isa, threads;
+    size_t failures;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KdKKnnii", &x, &factor, &xq, &scale, &rows, &inputs, &isa, &threads))
+        return NULL;
+    const struct activations activations = {ADDRESS(const float *, x), factor,       ADDRESS(int32_t *, xq),
+                                            ADDRESS(double *, scale),  (size_t)rows, (size_t)inputs};
+    Py_BEGIN_ALLOW_THREADS
+    failures = quantize_rows(&activations, possible(isa), threads);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromSize_t(failures);
+}
+
+static PyObject *dequantize(PyObject *self, PyObject *arguments)
+{
+    address y, row_scale, column_scale, bias, out;
+    Py_ssize_t rows, outputs;
+    int isa, threads;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKKKnnii", &y, &row_scale, &column_scale, &bias, &out, &rows, &outputs, &isa,
+                          &threads))
+        return NULL;
+    const struct integers integers = {
+        ADDRESS(const int32_t *, y),  ADDRESS(const double *, row_scale), ADDRESS(const float *, column_scale),
+        ADDRESS(const float *, bias), ADDRESS(float *, out),              (size_t)rows,
+        (size_t)outputs,
+    };
+    Py_BEGIN_ALLOW_THREADS
+    dequantize_rows(&integers, possible(isa), threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *dots(PyObject *self, PyObject *arguments)
+{
+    address words, masks, out, limbs, result;
+    Py_ssize_t rows, length;
+    int isa, threads;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKKKnnii", &words, &masks, &out, &limbs, &result, &rows, &length, &isa, &threads))
+        return NULL;
+    const struct dots all = {
+        ADDRESS(const volatile int32_t *, words), ADDRESS(const int32_t *, masks), ADDRESS(int32_t *, out),
+        ADDRESS(const int32_t *, limbs),          ADDRESS(int64_t *, result),      (size_t)rows,
+        (size_t)length,
+    };
+    Py_BEGIN_ALLOW_THREADS
+    field_dots(&all, possible(isa), threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"best", best, METH_NOARGS, "Return the number of this processor's best instruction set."},
+    {"multiply", multiply, METH_VARARGS, "Multiply words by laid-out codes modulo 2^32."},
+    {"quantize", quantize, METH_VARARGS, "Scale and round rows; return how many are not finite."},
+    {"dequantize", dequantize, METH_VARARGS, "Scale rows of integers back."},
+    {"dots", dots, METH_VARARGS, "Sum products of rows with a vector modulo 2^61 - 1."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tsqp._native", NULL, 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

@@ -1,0 +1,170 @@
+"""The clients of a shared-memory listener, whatever their doorbell: who is heard, what waits for room, who is dropped.
+
+A client is not heard while a reply to it waits for room: what it can make the worker hold is one message, and what it
+has sent before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tsqp.errors import InputError, ProtocolError
+from tsqp.transport.base import Buffer, Incoming
+from tsqp.transport.link import Link
+
+# How soon to try again where a message waits for room.
+RETRY_S = 0.001
+# A client that takes no reply, or hands no region over, for this long is dropped.
+PATIENCE_S = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Guest:
+    """A client as the worker sees it.
+
+    Attributes:
+        key: what its listener knows it by.
+        link: to it, once it has a region.
+        since: when it came, or when its oldest reply began to wait.
+        answering: messages of its that have no reply yet: their frames and slots may be in use.
+    """
+
+    key: int
+    link: Link | None = None
+    since: float = field(default_factory=time.monotonic)
+    answering: int = 0
+
+
+class OnWait(Protocol):
+    """Told that a client is no longer heard, since a reply waits for ``room``, and that it is heard again."""
+
+    def __call__(self, guest: Guest, *, room: bool) -> None:
+        """React."""
+
+
+class Guests:
+    """All clients of one listener.
+
+    Args:
+        on_wait: told when a client is not heard for a while.
+        on_drop: told when one is gone; ends its doorbell.
+    """
+
+    def __init__(self, on_wait: OnWait, on_drop: Callable[[Guest], None]) -> None:
+        self._guests: dict[int, Guest] = {}
+        self._on_wait = on_wait
+        self._on_drop = on_drop
+
+    def __contains__(self, guest: Guest) -> bool:
+        return self._guests.get(guest.key) is guest
+
+    def __iter__(self) -> Iterator[Guest]:
+        return iter(list(self._guests.values()))
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a reply waits for room."""
+        return any(guest.link and guest.link.has_unsent for guest in self._guests.values())
+
+    def add(self, guest: Guest) -> None:
+        """Take a client in."""
+        self._guests[guest.key] = guest
+
+    def take(self, is_ready: Callable[[Guest], bool]) -> Incoming | None:
+        """Send what waits, and return the next message of a client that is ready, if there is one.
+
+        Args:
+            is_ready: tells whether a client has sent something; its errors drop the client.
+        """
+        for guest in self:
+            try:
+                incoming = self._heard(guest, is_ready)
+            except BlockingIOError:
+                continue
+            except (OSError, EOFError, ProtocolError) as error:
+                self.drop(guest, error)
+                continue
+            if incoming:
+                # Last in line next time, so that one busy client does not starve the others.
+                self._guests[guest.key] = self._guests.pop(guest.key)
+                return incoming
+        return None
+
+    def _heard(self, guest: Guest, is_ready: Callable[[Guest], bool]) -> Incoming | None:
+        link = guest.link
+        if link and link.has_unsent:
+            link.flush()
+            if not link.has_unsent:
+                self._on_wait(guest, room=False)
+            elif time.monotonic() > guest.since + PATIENCE_S:
+                raise ProtocolError("it took no reply.")
+            return None
+        if not is_ready(guest) or link is None:
+            return None
+        number, delivery = link.receive()
+        guest.answering += 1
+        exchange = _Exchange(self, guest, link, number)
+        return Incoming(tuple(delivery.frames) or (b"",), False, exchange.reply, exchange.allocate)
+
+    def reply(self, guest: Guest, link: Link, frames: Sequence[Buffer], number: int) -> None:
+        """Send a client the reply to its message of a number."""
+        if guest not in self:
+            return
+        waited = link.has_unsent
+        try:
+            link.send(frames, consumes=number)
+        except (OSError, EOFError, ProtocolError, InputError) as error:
+            self.drop(guest, error)
+            return
+        if link.has_unsent and not waited:
+            guest.since = time.monotonic()
+            self._on_wait(guest, room=True)
+
+    def drop(self, guest: Guest, error: Exception) -> None:
+        """End a client's link."""
+        if isinstance(error, (ProtocolError, InputError)):
+            _log.warning("dropped a client of shared memory: %s", error)
+        del self._guests[guest.key]
+        self._on_drop(guest)
+
+    def drop_all(self) -> None:
+        """End every link."""
+        for guest in self:
+            self.drop(guest, EOFError())
+
+
+class _Exchange:
+    """One message and its reply: what ``Incoming`` needs of them."""
+
+    def __init__(self, guests: Guests, guest: Guest, link: Link, number: int) -> None:
+        self._guests = guests
+        self._guest = guest
+        self._link = link
+        self._number = number
+        self._slots: list[memoryview] = []
+        self._answered = False
+
+    def allocate(self, size: int) -> memoryview | None:
+        if self._guest not in self._guests:
+            return None
+        try:
+            slot = self._link.allocate(size)
+        except ProtocolError as error:
+            self._guests.drop(self._guest, error)
+            return None
+        if slot is not None:
+            self._slots.append(slot)
+        return slot
+
+    def reply(self, frames: Sequence[Buffer]) -> None:
+        self._guests.reply(self._guest, self._link, frames, self._number)
+        for slot in self._slots:
+            self._link.discard(slot)  # those that were not sent
+        self._guest.answering -= not self._answered
+        self._answered = True

@@ -1,0 +1,50 @@
+"""Activations in eight bits and one scale per token, for links of the level `open` that are slow.
+
+A row of K numbers travels as K + 4 bytes: int8 codes, then the scale as float32, little-endian. It loses more than the
+float dtypes do (docs/performance.md has the errors).
+
+Shapes: M rows, K columns, P = K + 4 bytes of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tsqp.errors import ProtocolError
+
+SCALE_BYTES = 4
+_MAX_CODE = 127
+
+
+def encode(x_MK: Tensor) -> Tensor:
+    """Round each row to multiples of its largest magnitude / 127.
+
+    Args:
+        x_MK: floats. A row with an infinity or a NaN comes out as NaN.
+
+    Returns:
+        int8, shape (M, P).
+    """
+    x_MK = x_MK.float()
+    scale_M1 = x_MK.abs().amax(dim=1, keepdim=True) / _MAX_CODE
+    divisor_M1 = torch.where(scale_M1 > 0, scale_M1, torch.ones_like(scale_M1))
+    codes_MK = (x_MK / divisor_M1).nan_to_num_(0.0).round_().clamp_(-_MAX_CODE, _MAX_CODE).to(torch.int8)
+    return torch.cat((codes_MK, torch.where(scale_M1.isfinite(), scale_M1, torch.nan).view(torch.int8)), dim=1)
+
+
+def decode(rows_MP: Tensor) -> Tensor:
+    """Return the float32 numbers, shape (M, K), that rows stand for: code times scale.
+
+    Raises:
+        ProtocolError: no rows of int8, or rows without room for a scale.
+    """
+    if rows_MP.dtype != torch.int8 or rows_MP.ndim != 2 or rows_MP.shape[1] <= SCALE_BYTES:  # noqa: PLR2004
+        raise ProtocolError(
+            f"int8 activations are rows of codes and 4 bytes of scale, not {rows_MP.dtype} {list(rows_MP.shape)}."
+        )
+    codes_MK, scale_M4 = rows_MP.split((rows_MP.shape[1] - SCALE_BYTES, SCALE_BYTES), dim=1)
+    # A copy of its own: a view of four bytes within a row is not aligned.
+    scale_M1: Tensor = scale_M4.clone(memory_format=torch.contiguous_format).view(torch.float32)
+    x_MK: Tensor = codes_MK.float() * scale_M1
+    return x_MK

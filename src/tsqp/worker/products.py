@@ -1,0 +1,154 @@
+"""Computes the products that requests ask for: rows of several requests are stacked, multiplied once and split."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tsqp.wire import codec
+from tsqp.wire.codec import Buffer
+from tsqp.wire.messages import TensorSpec
+from tsqp.worker.batching import Waiting
+from tsqp.worker.services import WorkerService
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A tensor that is ready to be sent: what it is, and its bytes, which may lie in a slot of the transport's."""
+
+    spec: TensorSpec
+    frame: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product and what becomes of it.
+
+    Attributes:
+        requests: that it answers.
+        outcomes: for each, its result, or the error that it failed with.
+        compute_ns: what it took.
+    """
+
+    requests: Sequence[Waiting]
+    outcomes: Sequence[Result | Exception]
+    compute_ns: int
+
+    def share_ns(self, request: Waiting) -> int:
+        """Return one request's share of the time, by rows."""
+        if len(self.requests) == 1:
+            return self.compute_ns
+        total = sum(other.rows.count for other in self.requests if other.rows)
+        return self.compute_ns * request.rows.count // total if request.rows and total else self.compute_ns
+
+
+class Engine(Protocol):
+    """Where products are computed: on the CPU at once, on a GPU while the worker's loop goes on."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are products that ``finished`` has not returned."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether ``start`` may be called."""
+
+    def start(self, requests: Sequence[Waiting]) -> None:
+        """Begin to compute the product of requests for one group, or of one request."""
+
+    def finished(self) -> list[Product]:
+        """Return what is done, oldest first."""
+
+
+class CpuEngine:
+    """Computes when asked to start.
+
+    Args:
+        service: computes the products.
+    """
+
+    def __init__(self, service: WorkerService) -> None:
+        self._service = service
+        self._done: list[Product] = []
+
+    @property
+    def busy(self) -> bool:
+        """See ``Engine.busy``."""
+        return bool(self._done)
+
+    @property
+    def has_room(self) -> bool:
+        """See ``Engine.has_room``."""
+        return not self._done
+
+    def start(self, requests: Sequence[Waiting]) -> None:
+        """See ``Engine.start``."""
+        self._done += compute(self._service, requests)
+
+    def finished(self) -> list[Product]:
+        """See ``Engine.finished``."""
+        done, self._done = self._done, []
+        return done
+
+
+def compute(service: WorkerService, requests: Sequence[Waiting]) -> list[Product]:
+    """Compute the product of requests for one group; if that fails, each alone, so that only the culprit fails."""
+    started = time.perf_counter_ns()
+    outcomes: Sequence[Result | Exception]
+    try:
+        outcomes = _outcomes(service, requests)
+    except Exception as error:  # noqa: BLE001  it becomes the request's failure
+        if len(requests) > 1:
+            return [product for request in requests for product in compute(service, [request])]
+        outcomes = [error]
+    return [Product(requests, outcomes, time.perf_counter_ns() - started)]
+
+
+def _outcomes(service: WorkerService, requests: Sequence[Waiting]) -> list[Result]:
+    first = requests[0]
+    if first.rows is None:
+        return [_result(service.product(first.header, first.tensors))]
+    group = first.rows.group
+    if len(requests) == 1:
+        return [_alone(service, first, group)]
+    x_MK = torch.cat([service.operand(request.header, request.tensors) for request in requests])
+    parts = service.multiply(group, x_MK).split([request.rows.count for request in requests if request.rows])
+    return [_result(service.result(request.header, y_MN)) for request, y_MN in zip(requests, parts, strict=True)]
+
+
+def _alone(service: WorkerService, request: Waiting, group: str) -> Result:
+    """Compute one request's product; an exact one on the CPU is written where the client reads it."""
+    operand_MK = service.operand(request.header, request.tensors)
+    if service.serves == "open" or service.device.type != "cpu":
+        return _result(service.result(request.header, service.multiply(group, operand_MK)))
+    shape = (len(operand_MK), service.groups[group].rows)
+    slot, y_MN = _slot(request, shape, service.rows_dtype)
+    y_MN = service.multiply(group, operand_MK, y_MN)
+    return _result(y_MN) if slot is None else Result(codec.spec_of(y_MN), slot)
+
+
+def placed(service: WorkerService, request: Waiting, y_MN: Tensor) -> Result:
+    """Copy a request's part of a product out of a buffer that will be used again: into the client's memory, or ours."""
+    result_MN = service.result(request.header, y_MN)
+    slot, out_MN = _slot(request, tuple(result_MN.shape), result_MN.dtype)
+    if slot is None or out_MN is None:
+        return _result(result_MN.clone() if result_MN.data_ptr() == y_MN.data_ptr() else result_MN)
+    out_MN.copy_(result_MN)
+    return Result(codec.spec_of(out_MN), slot)
+
+
+def _slot(request: Waiting, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[memoryview | None, Tensor | None]:
+    """Return a slot of the transport's for a tensor, and the slot as that tensor; or neither."""
+    slot = request.incoming.allocate(math.prod(shape) * dtype.itemsize)
+    return (slot, None if slot is None else torch.frombuffer(slot, dtype=dtype).view(shape))
+
+
+def _result(y: Tensor) -> Result:
+    y = y.contiguous()
+    return Result(codec.spec_of(y), codec.frame_of(y))

@@ -1,0 +1,39 @@
+"""Costs add up, and are written down one by one only where somebody asked for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tsqp.meter import Meter, Recorder
+
+
+def test_a_span_adds_to_its_total() -> None:
+    meter = Meter()
+    for _ in range(2):
+        with meter.span("check"):
+            pass
+    assert meter.check_ns > 0
+    assert meter.protection_ns == meter.check_ns
+
+
+def test_what_was_added_since_a_copy_leaves_the_recorder_out() -> None:
+    meter = Meter(round_trips=3, recorder=Recorder())
+    before = replace(meter)
+    meter.round_trips += 2
+    assert meter.since(before) == Meter(round_trips=2)
+    assert meter.since(before).recorder is None
+
+
+def test_a_recorder_notes_spans_and_requests() -> None:
+    recorder = Recorder()
+    meter = Meter(recorder=recorder)
+    with meter.span("mask"):
+        pass
+    recorder.sent(7, "linear head")
+    recorder.arrived(7)
+    recorder.taken(7, started_ns=5, compute_ns=6)
+    recorder.arrived(8)  # of a request from before recording began
+    (span,), (request,) = recorder.spans, recorder.requests
+    assert (span.name, span.end_ns - span.start_ns <= meter.mask_ns + 10**6) == ("mask", True)
+    assert span.start_ns <= span.end_ns <= request.sent_ns <= request.arrived_ns <= request.taken_ns
+    assert (request.operation, request.started_ns, request.compute_ns) == ("linear head", 5, 6)
