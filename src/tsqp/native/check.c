@@ -19,66 +19,48 @@
 #define LIMBS 3
 #define LIMB_BITS 21
 #define BLOCK 1024
-/* Rows whose words meet the same load of limbs. */
-#define ROWS 4
+/* How far ahead words and masks are fetched, in bytes. They come from another core's cache and from memory, and a
+ * processor's own prefetching starts anew at every page. */
+#define FETCH_AHEAD 4096
+#define ROWS_PER_TASK 4
 /* Below this many words another thread is not worth waking. */
 #define WORTH_THREADS (1u << 18)
 
 #define Q ((UINT64_C(1) << 61) - 1)
 
-/* One block of a few rows: the masks' offset is the words'. Adds to each row's three sums. */
+/* One block of a row. Adds to the row's three sums. */
 struct span {
     const volatile int32_t *words;
     const int32_t *masks;
     int32_t *out;
     const int32_t *limbs;
-    size_t length, row_length; /* of the block; from row to row, and from limb to limb */
+    size_t length, row_length; /* of the block; from limb to limb */
 };
-typedef void span_fn(const struct span *span, int64_t sums[][LIMBS]);
+typedef void span_fn(const struct span *span, int64_t sums[LIMBS]);
 
-INLINE void add_words(const struct span *span, size_t row, size_t from, int64_t sums[LIMBS])
+INLINE void add_words(const struct span *span, size_t from, int64_t sums[LIMBS])
 {
     for (size_t i = from; i < span->length; i++) {
-        const size_t at = row * span->row_length + i;
-        uint32_t word = (uint32_t)span->words[at];
+        uint32_t word = (uint32_t)span->words[i];
         if (span->masks)
-            word -= (uint32_t)span->masks[at];
+            word -= (uint32_t)span->masks[i];
         if (span->out)
-            span->out[at] = (int32_t)word;
+            span->out[i] = (int32_t)word;
         for (size_t limb = 0; limb < LIMBS; limb++)
             sums[limb] += (int64_t)(int32_t)word * span->limbs[limb * span->row_length + i];
     }
 }
 
-static void span_portable(const struct span *span, int64_t sums[][LIMBS]) { add_words(span, 0, 0, sums[0]); }
+static void span_portable(const struct span *span, int64_t sums[LIMBS]) { add_words(span, 0, sums); }
 
 #if TSQP_X86
 
-/* Sums of a row in 64-bit lanes. Products are of the lower halves of lanes; the upper ones are shifted down first. */
+/* Products are of the lower halves of 64-bit lanes; the upper ones are shifted down first. Two products are below 2^53. */
 
-struct sums_avx2 {
-    __m256i s0, s1, s2;
-};
-struct limbs_avx2 {
-    __m256i even0, even1, even2, odd0, odd1, odd2;
-};
-
-WITH_AVX2 INLINE void add_avx2(const struct span *span, size_t row, size_t i, const struct limbs_avx2 *limbs,
-                               struct sums_avx2 *sums)
+WITH_AVX2 INLINE void add_avx2(__m256i *sum, __m256i words, __m256i limbs)
 {
-    const size_t at = row * span->row_length + i;
-    __m256i even = *(const volatile __m256i_u *)(span->words + at);
-    if (span->masks)
-        even = _mm256_sub_epi32(even, _mm256_loadu_si256((const __m256i *)(span->masks + at)));
-    if (span->out)
-        _mm256_storeu_si256((__m256i *)(span->out + at), even);
-    const __m256i odd = _mm256_srli_epi64(even, 32);
-    sums->s0 = _mm256_add_epi64(sums->s0, _mm256_mul_epi32(even, limbs->even0));
-    sums->s1 = _mm256_add_epi64(sums->s1, _mm256_mul_epi32(even, limbs->even1));
-    sums->s2 = _mm256_add_epi64(sums->s2, _mm256_mul_epi32(even, limbs->even2));
-    sums->s0 = _mm256_add_epi64(sums->s0, _mm256_mul_epi32(odd, limbs->odd0));
-    sums->s1 = _mm256_add_epi64(sums->s1, _mm256_mul_epi32(odd, limbs->odd1));
-    sums->s2 = _mm256_add_epi64(sums->s2, _mm256_mul_epi32(odd, limbs->odd2));
+    const __m256i odd = _mm256_mul_epi32(_mm256_srli_epi64(words, 32), _mm256_srli_epi64(limbs, 32));
+    *sum = _mm256_add_epi64(*sum, _mm256_add_epi64(_mm256_mul_epi32(words, limbs), odd));
 }
 
 WITH_AVX2 INLINE int64_t total_avx2(__m256i sums)
@@ -88,124 +70,65 @@ WITH_AVX2 INLINE int64_t total_avx2(__m256i sums)
     return lanes[0] + lanes[1] + lanes[2] + lanes[3];
 }
 
-WITH_AVX2 INLINE void finish_avx2(const struct span *span, size_t row, size_t from, const struct sums_avx2 *of_row,
-                                  int64_t sums[LIMBS])
-{
-    sums[0] += total_avx2(of_row->s0);
-    sums[1] += total_avx2(of_row->s1);
-    sums[2] += total_avx2(of_row->s2);
-    add_words(span, row, from, sums);
-}
-
-WITH_AVX2 INLINE void span_avx2(const size_t rows, const struct span *given, int64_t sums[][LIMBS])
+WITH_AVX2 static void span_avx2(const struct span *given, int64_t sums[LIMBS])
 {
     const struct span here = *given, *const span = &here; /* in registers: no store can change it */
-    const __m256i zero = _mm256_setzero_si256();
-    struct sums_avx2 a = {zero, zero, zero}, b = a;
-    const int32_t *limb = span->limbs;
+    __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0;
+    const int32_t *limb0 = span->limbs, *limb1 = limb0 + span->row_length, *limb2 = limb1 + span->row_length;
     size_t i = 0;
     for (; i + 8 <= span->length; i += 8) {
-        struct limbs_avx2 limbs;
-        limbs.even0 = _mm256_loadu_si256((const __m256i *)(limb + i));
-        limbs.even1 = _mm256_loadu_si256((const __m256i *)(limb + span->row_length + i));
-        limbs.even2 = _mm256_loadu_si256((const __m256i *)(limb + 2 * span->row_length + i));
-        limbs.odd0 = _mm256_srli_epi64(limbs.even0, 32);
-        limbs.odd1 = _mm256_srli_epi64(limbs.even1, 32);
-        limbs.odd2 = _mm256_srli_epi64(limbs.even2, 32);
-        add_avx2(span, 0, i, &limbs, &a);
-        if (rows > 1)
-            add_avx2(span, 1, i, &limbs, &b);
+        __builtin_prefetch((const char *)(span->words + i) + FETCH_AHEAD);
+        __m256i even = *(const volatile __m256i_u *)(span->words + i);
+        if (span->masks) {
+            __builtin_prefetch((const char *)(span->masks + i) + FETCH_AHEAD);
+            even = _mm256_sub_epi32(even, _mm256_loadu_si256((const __m256i *)(span->masks + i)));
+        }
+        if (span->out)
+            _mm256_storeu_si256((__m256i *)(span->out + i), even);
+        add_avx2(&s0, even, _mm256_loadu_si256((const __m256i *)(limb0 + i)));
+        add_avx2(&s1, even, _mm256_loadu_si256((const __m256i *)(limb1 + i)));
+        add_avx2(&s2, even, _mm256_loadu_si256((const __m256i *)(limb2 + i)));
     }
-    finish_avx2(span, 0, i, &a, sums[0]);
-    if (rows > 1)
-        finish_avx2(span, 1, i, &b, sums[1]);
+    sums[0] += total_avx2(s0);
+    sums[1] += total_avx2(s1);
+    sums[2] += total_avx2(s2);
+    add_words(span, i, sums);
 }
 
-WITH_AVX2 static void one_avx2(const struct span *span, int64_t sums[][LIMBS]) { span_avx2(1, span, sums); }
-
-/* Two rows at a time: twelve sums and six limbs would not fit into 16 registers. */
-WITH_AVX2 static void four_avx2(const struct span *span, int64_t sums[][LIMBS])
+WITH_AVX512 INLINE void add_avx512(__m512i *sum, __m512i words, __m512i limbs)
 {
-    struct span rest = *span;
-    span_avx2(2, span, sums);
-    rest.words += 2 * span->row_length;
-    rest.masks = span->masks ? span->masks + 2 * span->row_length : NULL;
-    rest.out = span->out ? span->out + 2 * span->row_length : NULL;
-    span_avx2(2, &rest, sums + 2);
+    const __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(words, 32), _mm512_srli_epi64(limbs, 32));
+    *sum = _mm512_add_epi64(*sum, _mm512_add_epi64(_mm512_mul_epi32(words, limbs), odd));
 }
 
-struct sums_avx512 {
-    __m512i s0, s1, s2;
-};
-struct limbs_avx512 {
-    __m512i even0, even1, even2, odd0, odd1, odd2;
-};
-
-WITH_AVX512 INLINE void add_avx512(const struct span *span, size_t row, size_t i, const struct limbs_avx512 *limbs,
-                                   struct sums_avx512 *sums)
-{
-    const size_t at = row * span->row_length + i;
-    __m512i even = *(const volatile __m512i_u *)(span->words + at);
-    if (span->masks)
-        even = _mm512_sub_epi32(even, _mm512_loadu_si512(span->masks + at));
-    if (span->out)
-        _mm512_storeu_si512(span->out + at, even);
-    const __m512i odd = _mm512_srli_epi64(even, 32);
-    sums->s0 = _mm512_add_epi64(sums->s0, _mm512_mul_epi32(even, limbs->even0));
-    sums->s1 = _mm512_add_epi64(sums->s1, _mm512_mul_epi32(even, limbs->even1));
-    sums->s2 = _mm512_add_epi64(sums->s2, _mm512_mul_epi32(even, limbs->even2));
-    sums->s0 = _mm512_add_epi64(sums->s0, _mm512_mul_epi32(odd, limbs->odd0));
-    sums->s1 = _mm512_add_epi64(sums->s1, _mm512_mul_epi32(odd, limbs->odd1));
-    sums->s2 = _mm512_add_epi64(sums->s2, _mm512_mul_epi32(odd, limbs->odd2));
-}
-
-WITH_AVX512 INLINE void finish_avx512(const struct span *span, size_t row, size_t from,
-                                      const struct sums_avx512 *of_row, int64_t sums[LIMBS])
-{
-    sums[0] += _mm512_reduce_add_epi64(of_row->s0);
-    sums[1] += _mm512_reduce_add_epi64(of_row->s1);
-    sums[2] += _mm512_reduce_add_epi64(of_row->s2);
-    add_words(span, row, from, sums);
-}
-
-WITH_AVX512 INLINE void span_avx512(const size_t rows, const struct span *given, int64_t sums[][LIMBS])
+WITH_AVX512 static void span_avx512(const struct span *given, int64_t sums[LIMBS])
 {
     const struct span here = *given, *const span = &here; /* in registers: no store can change it */
-    const __m512i zero = _mm512_setzero_si512();
-    struct sums_avx512 a = {zero, zero, zero}, b = a, c = a, d = a;
-    const int32_t *limb = span->limbs;
+    __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0;
+    const int32_t *limb0 = span->limbs, *limb1 = limb0 + span->row_length, *limb2 = limb1 + span->row_length;
     size_t i = 0;
     for (; i + 16 <= span->length; i += 16) {
-        struct limbs_avx512 limbs;
-        limbs.even0 = _mm512_loadu_si512(limb + i);
-        limbs.even1 = _mm512_loadu_si512(limb + span->row_length + i);
-        limbs.even2 = _mm512_loadu_si512(limb + 2 * span->row_length + i);
-        limbs.odd0 = _mm512_srli_epi64(limbs.even0, 32);
-        limbs.odd1 = _mm512_srli_epi64(limbs.even1, 32);
-        limbs.odd2 = _mm512_srli_epi64(limbs.even2, 32);
-        add_avx512(span, 0, i, &limbs, &a);
-        if (rows > 1) {
-            add_avx512(span, 1, i, &limbs, &b);
-            add_avx512(span, 2, i, &limbs, &c);
-            add_avx512(span, 3, i, &limbs, &d);
+        __builtin_prefetch((const char *)(span->words + i) + FETCH_AHEAD);
+        __m512i even = *(const volatile __m512i_u *)(span->words + i);
+        if (span->masks) {
+            __builtin_prefetch((const char *)(span->masks + i) + FETCH_AHEAD);
+            even = _mm512_sub_epi32(even, _mm512_loadu_si512((const void *)(span->masks + i)));
         }
+        if (span->out)
+            _mm512_storeu_si512((void *)(span->out + i), even);
+        add_avx512(&s0, even, _mm512_loadu_si512((const void *)(limb0 + i)));
+        add_avx512(&s1, even, _mm512_loadu_si512((const void *)(limb1 + i)));
+        add_avx512(&s2, even, _mm512_loadu_si512((const void *)(limb2 + i)));
     }
-    finish_avx512(span, 0, i, &a, sums[0]);
-    if (rows > 1) {
-        finish_avx512(span, 1, i, &b, sums[1]);
-        finish_avx512(span, 2, i, &c, sums[2]);
-        finish_avx512(span, 3, i, &d, sums[3]);
-    }
+    sums[0] += _mm512_reduce_add_epi64(s0);
+    sums[1] += _mm512_reduce_add_epi64(s1);
+    sums[2] += _mm512_reduce_add_epi64(s2);
+    add_words(span, i, sums);
 }
 
-WITH_AVX512 static void one_avx512(const struct span *span, int64_t sums[][LIMBS]) { span_avx512(1, span, sums); }
-WITH_AVX512 static void four_avx512(const struct span *span, int64_t sums[][LIMBS]) { span_avx512(ROWS, span, sums); }
-
-static span_fn *const one_row[] = {span_portable, one_avx2, one_avx512};
-static span_fn *const four_rows[] = {NULL, four_avx2, four_avx512};
+static span_fn *const spans[] = {span_portable, span_avx2, span_avx512};
 #else
-static span_fn *const one_row[] = {span_portable, span_portable, span_portable};
-static span_fn *const four_rows[] = {NULL, NULL, NULL};
+static span_fn *const spans[] = {span_portable, span_portable, span_portable};
 #endif
 
 /* sums[0] + 2^21 sums[1] + 2^42 sums[2] modulo q. Since 2^61 = 1 modulo q, what lies above bit 61 is added below. */
@@ -224,15 +147,15 @@ static int64_t mod_q(const __int128 sums[LIMBS])
 
 struct work {
     const struct dots *dots;
-    span_fn *one, *four;
+    span_fn *span;
 };
 
-static void dots_of_rows(const struct dots *dots, span_fn *kernel, size_t row, size_t rows)
+static void dot_of_row(const struct dots *dots, span_fn *sum, size_t row)
 {
-    __int128 totals[ROWS][LIMBS] = {{0}};
+    __int128 totals[LIMBS] = {0};
     for (size_t first = 0; first < dots->length; first += BLOCK) {
         const size_t at = row * dots->length + first;
-        int64_t sums[ROWS][LIMBS] = {{0}};
+        int64_t sums[LIMBS] = {0};
         const struct span span = {
             dots->words + at,
             dots->masks ? dots->masks + at : NULL,
@@ -241,31 +164,25 @@ static void dots_of_rows(const struct dots *dots, span_fn *kernel, size_t row, s
             smaller(BLOCK, dots->length - first),
             dots->length,
         };
-        kernel(&span, sums);
-        for (size_t r = 0; r < rows; r++)
-            for (size_t limb = 0; limb < LIMBS; limb++)
-                totals[r][limb] += sums[r][limb];
+        sum(&span, sums);
+        for (size_t limb = 0; limb < LIMBS; limb++)
+            totals[limb] += sums[limb];
     }
-    for (size_t r = 0; r < rows; r++)
-        dots->dots[row + r] = mod_q(totals[r]);
+    dots->dots[row] = mod_q(totals);
 }
 
 static void dots_task(void *argument, size_t index)
 {
     const struct work *work = argument;
-    const size_t from = index * ROWS, to = smaller(work->dots->rows, from + ROWS);
-    if (work->four && to - from == ROWS) {
-        dots_of_rows(work->dots, work->four, from, ROWS);
-        return;
-    }
+    const size_t from = index * ROWS_PER_TASK, to = smaller(work->dots->rows, from + ROWS_PER_TASK);
     for (size_t row = from; row < to; row++)
-        dots_of_rows(work->dots, work->one, row, 1);
+        dot_of_row(work->dots, work->span, row);
 }
 
 void field_dots(const struct dots *dots, enum isa isa, int threads)
 {
-    struct work work = {dots, one_row[isa], four_rows[isa]};
+    struct work work = {dots, spans[isa]};
     if (dots->rows * dots->length < WORTH_THREADS)
         threads = 1;
-    run_tasks(dots_task, &work, ceil_div(dots->rows, ROWS), threads);
+    run_tasks(dots_task, &work, ceil_div(dots->rows, ROWS_PER_TASK), threads);
 }
