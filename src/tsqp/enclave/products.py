@@ -145,7 +145,11 @@ class ExactWorker:
     def _received(self, request: _Request, sent: _Sent) -> Answer:
         reply, delivery = sent.session.delivered(sent.request_id, messages.Result)
         expect = TensorSpec("int32", (request.spec.shape[0], self._groups[request.group].rows))
-        claim = codec.claim(reply, delivery.frames, expect, f"linear {request.group} from {self.peer}")
+        try:
+            claim = codec.claim(reply, delivery.frames, expect, f"linear {request.group} from {self.peer}")
+        except BaseException:
+            delivery.release()
+            raise
         return Answer(claim, delivery.release)
 
     def abandon(self) -> None:
@@ -207,10 +211,12 @@ class CheckedProducts:
     ) -> Tensor:
         with self._distrusting():
             answer = answered()
-            with self._meter.span("check"):
-                u = mask.products() if mask is not None else ()
-                y_MN = self._checkers[group].verified(answer.claim, expectation, self._peers, u)
-            answer.release()
+            try:
+                with self._meter.span("check"):
+                    u = mask.products() if mask is not None else ()
+                    y_MN = self._checkers[group].verified(answer.claim, expectation, self._peers, u)
+            finally:
+                answer.release()
             self._meter.verified_rows += len(y_MN)
             return y_MN
 

@@ -77,12 +77,12 @@ class OpenOps:
 
         def collect() -> Tensor:
             reply, delivery = self._session.delivered(request_id, messages.Result)
-            claim = codec.claim(reply, delivery.frames, expect, f"{operation} from {self._session.peer}")
-            y = claim.unverified()
-            real = int8_rows.decode(y) if self._extra else y.to(torch.float32, copy=delivery.shared)
-            delivery.release()
             frames.clear()  # they had to stay until now
-            return real
+            try:
+                y = codec.claim(reply, delivery.frames, expect, f"{operation} from {self._session.peer}").unverified()
+                return int8_rows.decode(y) if self._extra else y.to(torch.float32, copy=delivery.shared)
+            finally:
+                delivery.release()
 
         return collect
 

@@ -40,6 +40,7 @@ class AnsweringTransport(PlainLink):
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.asked: list[RequestFrames] = []
+        self.released = 0
 
     def send(self, frames: Sequence[Buffer]) -> None:
         # Copied, as a real link would: the caller may reuse its buffers once the reply has come.
@@ -47,7 +48,10 @@ class AnsweringTransport(PlainLink):
 
     def receive(self, timeout_s: float) -> Delivery:
         assert timeout_s > 0
-        return Delivery(self.answer(self.asked[-1]))
+        return Delivery(self.answer(self.asked[-1]), release=self._release)
+
+    def _release(self) -> None:
+        self.released += 1
 
     def close(self) -> None:
         pass
@@ -123,9 +127,10 @@ HOSTILE: dict[str, Answer] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_product_is_refused(name: str) -> None:
-    ops, _ = ops_with(HOSTILE[name])
+    ops, worker = ops_with(HOSTILE[name])
     with pytest.raises(ProtocolError, match=r"linear layers\.0\.qkv (from|at) gpu\.example:50051"):
         ops.linear("layers.0.qkv", torch.zeros(2, 8))()
+    assert worker.released, "shared memory that is never given back would fill up"
 
 
 def test_embedding_and_matmul_refuse_other_shapes_too() -> None:
