@@ -31,11 +31,7 @@ class Answer(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """What is sent, and sent again where the link fails.
-
-    In shared memory the worker could change it before it is sent again. It would learn nothing by that, since the words
-    are its own then, and the check would fail.
-    """
+    """What is sent, and sent again where the link fails: then the frame is private memory, so the same bytes go out."""
 
     group: str
     spec: TensorSpec
@@ -104,8 +100,12 @@ class ExactWorker:
             return partial(self._collect, request, None, self._retries)
 
     def _room(self, spec: TensorSpec) -> tuple[Tensor, memoryview]:
-        """Return a tensor to write and its frame; private memory where the link is lost."""
-        if not self._lost:
+        """Return a tensor to write and its frame: in shared memory only where nothing is ever sent again.
+
+        A slot is given back to the link when the worker replies, and may be written anew before the reply is collected;
+        what may have to be sent again must stay what it was.
+        """
+        if not self._lost and not self._retries:
             try:
                 return self.session.room(spec)
             except TransportError:

@@ -121,7 +121,7 @@ class OpenService:
         if not isinstance(header, messages.Linear):
             return None
         x = tensors[0]
-        if x.dtype == torch.int8:
+        if x.dtype == torch.int8 and x.ndim:
             group = self.linears.check(header.group, int8_rows.decode(x[:1]))
             bound_result((len(x), group.rows + int8_rows.SCALE_BYTES))
         else:
