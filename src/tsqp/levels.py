@@ -254,13 +254,12 @@ def _checked(
     with ExitStack() as stack:
         expected = Expected(serves="exact", digest=packed.manifest.codes_digest, dtype="int8", groups=groups)
         instances: dict[str, str] = {}
-        cut = _cutting(config, shared_cores=True)
+        welcomes: list[Welcome] = []
 
         def open_session() -> Session:
-            nonlocal cut
             session, welcome = meet(worker, config, expected, meter)
             instances[welcome.instance] = "the worker"
-            cut = _cutting(config, shared_cores=_shares_cores(worker, welcome))
+            welcomes.append(welcome)
             return session
 
         exact = ExactWorker(open_session, {group.name: group for group in groups}, config.retries)
@@ -280,7 +279,7 @@ def _checked(
             stack.callback(refill.close)
         products = CheckedProducts(exact, checks.checkers, pool, meter)
         llama = Llama(model.architecture, ExactOps(packed, products, meter))
-        loaded = _in_turns(llama, meter, cut)
+        loaded = _in_turns(llama, meter, _cutting(config, shared_cores=_shares_cores(worker, welcomes[0])))
         yield _with_refill(loaded, refill) if refill else loaded
 
 
@@ -307,7 +306,7 @@ def _in_turns(model: Llama, meter: Meter, cut: Callable[[Tensor], int]) -> Runna
     """Run prefills in micro-batches, with one thread where these are too small to wake others for.
 
     `local` over a packed model does so too, but for its products: attention's last bits depend on how a prompt is cut
-    and on the number of threads, and the integer levels give the same bits.
+    and on the number of threads, and the integer levels give the same bits for the same number of micro-batches.
     """
 
     def predict(ids_BT: Tensor, *, all_logits: bool = False) -> Tensor:

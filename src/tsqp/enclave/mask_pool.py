@@ -195,9 +195,9 @@ class MaskPool:
         """
         self._ledger.check_process()
         at = self._numbers[after] + 1
-        if at == len(self._order):
+        group = self._order[at] if at < len(self._order) else HEAD
+        if group == HEAD:  # one row of a prompt, if it is the prompt's last chunk
             return
-        group = self._order[at]
         with self._lock:
             ready = self._ready[group]
             if ready and ready[0].r_MK is None and len(ready[0].u_MN) >= count:

@@ -191,12 +191,14 @@ class Session:
         try:
             reply, tensors = codec.decode_reply(delivery.frames)
         except ProtocolError as error:
+            delivery.release()
             raise ProtocolError(f"{self._waiting[awaited]} at {self.peer}: {error}") from error
         if reply.id in self._abandoned:
             self._abandoned.remove(reply.id)
             delivery.release()
             return
         if reply.id not in self._waiting or reply.id in self._arrived:
+            delivery.release()
             raise ProtocolError(f"{self.peer} answered a request that is not in flight.")
         if self.meter.recorder is not None:
             self.meter.recorder.arrived(reply.id)
@@ -207,6 +209,8 @@ class Session:
         """Forget every request in flight: their replies are dropped when they come."""
         self._abandoned |= self._waiting.keys() - self._arrived.keys()
         self._waiting.clear()
+        for _, delivery in self._arrived.values():
+            delivery.release()
         self._arrived.clear()
 
     def hello(self, timeout_s: float) -> messages.Welcome:
