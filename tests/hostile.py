@@ -16,6 +16,7 @@ import torch
 from plain_link import PlainLink
 from torch import Tensor
 
+from tsqp.arith.native import Scaling
 from tsqp.arith.ring import Codes, lay_out
 from tsqp.enclave.codes import Checks, StreamedCodes, read_codes
 from tsqp.enclave.mask_pool import MaskPool
@@ -315,10 +316,10 @@ class Rig:
         """Multiply as the level does, and note what went in and what came out."""
         return self.start(group, xq_MK)()
 
-    def start(self, group: str, xq_MK: Tensor) -> Pending:
+    def start(self, group: str, xq_MK: Tensor, scaling: Scaling | None = None) -> Pending:
         """Do the same as ``Products.start``."""
         self.inputs.append((group, xq_MK.clone()))
-        pending = self.products.start(group, xq_MK)
+        pending = self.products.start(group, xq_MK, scaling)
 
         def collect() -> Tensor:
             y_MN = pending()

@@ -14,5 +14,17 @@ def dequantize(
     /,
 ) -> None: ...
 def dots(
-    words: int, masks: int, out: int, limbs: int, result: int, rows: int, length: int, isa: int, threads: int, /
+    words: int,
+    masks: int,
+    out: int,
+    limbs: int,
+    result: int,
+    row_scale: int,
+    column_scale: int,
+    bias: int,
+    rows: int,
+    length: int,
+    isa: int,
+    threads: int,
+    /,
 ) -> None: ...

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,41 @@ _OFF = "off"
 # Outputs of a panel, and inputs of a pair, in the layout of codes.
 PANEL = 16
 PAIR = 2
+
+
+class Scaling(NamedTuple):
+    """What turns integer products into real ones.
+
+    Attributes:
+        rows_M1: scales of the activations, float64.
+        columns_N: scales of the weights, float32.
+        bias_N: float32, or None.
+    """
+
+    rows_M1: Tensor
+    columns_N: Tensor
+    bias_N: Tensor | None = None
+
+    def part(self, rows: slice) -> Scaling:
+        """Return that of some rows."""
+        return self._replace(rows_M1=self.rows_M1[rows])
+
+    def readable(self) -> Scaling:
+        """Return it as the extension reads it; to be kept until the call is over."""
+        bias_N = None if self.bias_N is None else _readable(self.bias_N)
+        return Scaling(_readable(self.rows_M1), _readable(self.columns_N), bias_N)
+
+    def addresses(self, rows: int, outputs: int) -> tuple[int, int, int]:
+        """Return where its tensors lie.
+
+        Raises:
+            ExactnessError: other dtypes or shapes.
+        """
+        return (
+            _address(self.rows_M1, torch.float64, rows, 1),
+            _address(self.columns_N, torch.float32, outputs),
+            0 if self.bias_N is None else _address(self.bias_N, torch.float32, outputs),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +128,17 @@ class Kernels:
         )
         return xq_MK, scale_M1, failures
 
-    def dequantize(
-        self, y_MN: Tensor, scale_M1: Tensor, scale_N: Tensor, bias_N: Tensor | None, real_MN: Tensor
-    ) -> None:
+    def dequantize(self, y_MN: Tensor, scaling: Scaling, real_MN: Tensor) -> None:
         """Store (float) y s_x s_j (+ bias) in ``real_MN``, float32 and contiguous, which may be y's own memory.
 
         Raises:
             ExactnessError: other dtypes, shapes or layouts.
         """
         rows, outputs = y_MN.shape
-        y_MN, scale_M1, scale_N = _readable(y_MN), _readable(scale_M1), _readable(scale_N)
-        bias_N = None if bias_N is None else _readable(bias_N)
+        y_MN, scaling = _readable(y_MN), scaling.readable()
         _extension.dequantize(
             _address(y_MN, torch.int32, rows, outputs),
-            _address(scale_M1, torch.float64, rows, 1),
-            _address(scale_N, torch.float32, outputs),
-            0 if bias_N is None else _address(bias_N, torch.float32, outputs),
+            *scaling.addresses(rows, outputs),
             _address(real_MN, torch.float32, rows, outputs),
             rows,
             outputs,
@@ -116,7 +147,12 @@ class Kernels:
         )
 
     def dots(
-        self, words_MN: Tensor, limbs_3N: Tensor, masks_MN: Tensor | None = None, out_MN: Tensor | None = None
+        self,
+        words_MN: Tensor,
+        limbs_3N: Tensor,
+        masks_MN: Tensor | None = None,
+        out_MN: Tensor | None = None,
+        scaling: Scaling | None = None,
     ) -> Tensor:
         """Return the inner products of words, less masks, with a vector modulo 2^61 - 1: int64, shape (M,).
 
@@ -125,20 +161,25 @@ class Kernels:
             limbs_3N: the vector's limbs of 21 bits, int32.
             masks_MN: int32, subtracted modulo 2^32 before anything else.
             out_MN: where to store the words that were summed; int32, contiguous.
+            scaling: store instead what ``dequantize`` would make of them, float32 in the memory of ``out_MN``.
 
         Raises:
-            ExactnessError: other dtypes, shapes or layouts.
+            ExactnessError: other dtypes, shapes or layouts, or no memory for what is scaled back.
         """
+        if scaling is not None and out_MN is None:
+            raise ExactnessError("words can be scaled back only where they are stored.")
         rows, length = words_MN.shape
         words_MN, limbs_3N = _readable(words_MN), _readable(limbs_3N)
         masks_MN = None if masks_MN is None else _readable(masks_MN)
         dots_M = torch.empty(rows, dtype=torch.int64)
+        scaling = None if scaling is None else scaling.readable()
         _extension.dots(
             _address(words_MN, torch.int32, rows, length),
             0 if masks_MN is None else _address(masks_MN, torch.int32, rows, length),
             0 if out_MN is None else _address(out_MN, torch.int32, rows, length),
             _address(limbs_3N, torch.int32, 3, length),
             _address(dots_M, torch.int64, rows),
+            *((0, 0, 0) if scaling is None else scaling.addresses(rows, length)),
             rows,
             length,
             self._level,

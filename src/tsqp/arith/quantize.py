@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsqp.arith import native
+from tsqp.arith.native import Scaling
 from tsqp.errors import ExactnessError, InputError, WeightsError
 
 # The largest integer that a centred residue stands for.
@@ -128,16 +129,12 @@ def _lane_sums(squares_MK: Tensor) -> Tensor:
     return lanes_ML
 
 
-def dequantize(
-    y_MN: Tensor, scale_M1: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out_MN: Tensor | None = None
-) -> Tensor:
+def dequantize(y_MN: Tensor, scaling: Scaling, out_MN: Tensor | None = None) -> Tensor:
     """Return the real products that integers stand for: y s_x s_j (+ bias), in float32, each operation rounded.
 
     Args:
         y_MN: int32 integers.
-        scale_M1: of the activations, float64.
-        scale_N: of the weights, float32.
-        bias_N: float32; none by default.
+        scaling: s_x, s_j and the bias.
         out_MN: where to store them: float32, contiguous, such as y's own memory (``y_MN.view(torch.float32)``). By
             default new memory.
 
@@ -147,9 +144,9 @@ def dequantize(
     kernels = native.kernels()
     if kernels:
         out_MN = torch.empty(y_MN.shape, dtype=torch.float32) if out_MN is None else out_MN
-        kernels.dequantize(y_MN, scale_M1, scale_N, bias_N, out_MN)
+        kernels.dequantize(y_MN, scaling, out_MN)
         return out_MN
-    real_MN = y_MN.float().mul_(scale_M1.float()).mul_(scale_N)
-    if bias_N is not None:
-        real_MN += bias_N
+    real_MN = y_MN.float().mul_(scaling.rows_M1.float()).mul_(scaling.columns_N)
+    if scaling.bias_N is not None:
+        real_MN += scaling.bias_N
     return real_MN if out_MN is None else out_MN.copy_(real_MN)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from tsqp.arith import native
+from tsqp.arith.native import Scaling
+from tsqp.arith.quantize import dequantize
 from tsqp.arith.ring import INT8_MAX_K, multiply_int8
 from tsqp.errors import ExactnessError, IntegrityError
 from tsqp.wire.codec import Claim
@@ -85,13 +87,16 @@ class FieldVector:
             return kernels.dots(rows_MN, self._native_limbs())
         return _mod_q(self._halves(rows_MN))
 
-    def dot_unmasked(self, words_MN: Tensor, u: Sequence[Tensor], out_MN: Tensor) -> Tensor:
-        """Store words - u modulo 2^32, and return <row, vector> mod q of what was stored.
+    def dot_unmasked(
+        self, words_MN: Tensor, u: Sequence[Tensor], out_MN: Tensor, scaling: Scaling | None = None
+    ) -> Tensor:
+        """Store y = words - u modulo 2^32, or what it stands for, and return <row, vector> mod q of y.
 
         Args:
             words_MN: int32. Whoever shares this memory may change it meanwhile: each word is read once.
             u: int32, consecutive rows, M together; none to subtract nothing.
             out_MN: int32, contiguous, memory of this process.
+            scaling: store y scaled back, float32 in the memory of ``out_MN``.
 
         Raises:
             ExactnessError: shapes do not go together.
@@ -105,11 +110,17 @@ class FieldVector:
         for u_PN in u or (None,):
             rows = slice(done, done + len(words_MN) if u_PN is None else done + len(u_PN))
             if kernels:
-                dots.append(kernels.dots(words_MN[rows], self._native_limbs(), u_PN, out_MN[rows]))
+                scales = None if scaling is None else scaling.part(rows)
+                dots.append(kernels.dots(words_MN[rows], self._native_limbs(), u_PN, out_MN[rows], scales))
             elif u_PN is not None:
                 out_MN[rows] -= u_PN
             done = rows.stop
-        return torch.cat(dots) if kernels else self.dot_words(out_MN)
+        if kernels:
+            return torch.cat(dots)
+        residues_M = self.dot_words(out_MN)
+        if scaling is not None:
+            dequantize(out_MN, scaling, out_MN.view(torch.float32))
+        return residues_M
 
     def _native_limbs(self) -> Tensor:
         if self._native_limbs_3N is None:
@@ -266,7 +277,12 @@ class Checker:
         return Expectation(self._c.dot_words(xq_MK))
 
     def verified(
-        self, claim: Claim, expectation: Expectation, peers: Sequence[str], u: Sequence[Tensor] = ()
+        self,
+        claim: Claim,
+        expectation: Expectation,
+        peers: Sequence[str],
+        u: Sequence[Tensor] = (),
+        scaling: Scaling | None = None,
     ) -> Tensor:
         """Return the claimed y less u, int32 (M, N), if it is xq W^T: memory of this process, that nobody else changes.
 
@@ -275,6 +291,7 @@ class Checker:
             expectation: from ``expect`` for xq.
             peers: all who contributed to the claim.
             u: products of the masks that were put on, for consecutive rows, M together; none where nothing was masked.
+            scaling: return y scaled back instead, float32 (M, N).
 
         Raises:
             IntegrityError: a row is wrong, or one was before.
@@ -283,11 +300,11 @@ class Checker:
             raise IntegrityError(f"linear {self.name}: a wrong product came before; its check must be drawn anew.")
         claimed_MN = claim.unverified()
         y_MN = torch.empty(len(claimed_MN), len(self._s), dtype=torch.int32)
-        wrong = expectation.wrong_rows(self._s.dot_unmasked(claimed_MN, u, y_MN))
+        wrong = expectation.wrong_rows(self._s.dot_unmasked(claimed_MN, u, y_MN, scaling))
         if wrong:
             self._failed = True
             raise IntegrityError(
                 f"linear {self.name}: {wrong} of {len(y_MN)} rows are not the product asked for. "
                 f"One of these lied or is broken: {', '.join(peers)}."
             )
-        return y_MN
+        return y_MN if scaling is None else y_MN.view(torch.float32)

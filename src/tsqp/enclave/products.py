@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tsqp.arith.native import Scaling
 from tsqp.enclave.freivalds import Checker, Expectation
 from tsqp.enclave.mask_pool import MaskPool
 from tsqp.enclave.masks import Mask
@@ -161,6 +162,15 @@ class ExactWorker:
         self.session.close()
 
 
+class _Expected(NamedTuple):
+    """What the check of an answer needs, and what becomes of it."""
+
+    group: str
+    expectation: Expectation
+    mask: Mask | None
+    scaling: Scaling | None
+
+
 class CheckedProducts:
     """`verified` and `masked`: the only way from a worker's words to a value is through the check.
 
@@ -182,7 +192,7 @@ class CheckedProducts:
         self._meter = meter
         self._distrusted: str | None = None
 
-    def start(self, group: str, xq_MK: Tensor) -> Pending:
+    def start(self, group: str, xq_MK: Tensor, scaling: Scaling | None = None) -> Pending:
         """See ``Products.start``.
 
         Raises:
@@ -196,7 +206,7 @@ class CheckedProducts:
                 expectation = self._checkers[group].expect(xq_MK)
                 if self._pool is not None:
                     self._pool.make_words_ahead(group, len(xq_MK))
-            return partial(self._collect, group, expectation, mask, answer)
+            return partial(self._collect, _Expected(group, expectation, mask, scaling), answer)
 
     def _write(self, xq_MK: Tensor, mask: Mask | None, out_MK: Tensor) -> None:
         """Store what may leave; the worker may be watching."""
@@ -206,15 +216,14 @@ class CheckedProducts:
         with self._meter.span("mask"):
             mask.add(xq_MK, out_MK)
 
-    def _collect(
-        self, group: str, expectation: Expectation, mask: Mask | None, answered: Callable[[], Answer]
-    ) -> Tensor:
+    def _collect(self, expected: _Expected, answered: Callable[[], Answer]) -> Tensor:
+        group, expectation, mask, scaling = expected
         with self._distrusting():
             answer = answered()
             try:
                 with self._meter.span("check"):
                     u = mask.products() if mask is not None else ()
-                    y_MN = self._checkers[group].verified(answer.claim, expectation, self._peers, u)
+                    y_MN = self._checkers[group].verified(answer.claim, expectation, self._peers, u, scaling)
             finally:
                 answer.release()
             self._meter.verified_rows += len(y_MN)

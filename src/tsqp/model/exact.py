@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tsqp.arith.native import Scaling
 from tsqp.arith.quantize import dequantize, quantize_activations
 from tsqp.arith.ring import Codes, multiply
 from tsqp.errors import InputError
@@ -25,15 +26,17 @@ from tsqp.threads import using_threads
 class Products(Protocol):
     """Who multiplies integers."""
 
-    def start(self, group: str, xq_MK: Tensor) -> Pending:
+    def start(self, group: str, xq_MK: Tensor, scaling: Scaling | None = None) -> Pending:
         """Ask for products.
 
         Args:
             group: the linear group's name.
             xq_MK: int32 within the group's exact range.
+            scaling: what makes their products activations again; None for the integers themselves.
 
         Returns:
-            To be called for the int32 (M, N) products, known to be right, in memory that the caller may overwrite.
+            To be called for the products, known to be right: float32 (M, N), or int32 without scaling, in memory that
+            nobody else uses.
         """
 
     def abandon(self) -> None:
@@ -52,16 +55,17 @@ class LocalProducts:
         self._codes = codes
         self._threads = threads
 
-    def start(self, group: str, xq_MK: Tensor) -> Pending:
+    def start(self, group: str, xq_MK: Tensor, scaling: Scaling | None = None) -> Pending:
         """See ``Products.start``. Nothing is computed before the call."""
-        return partial(self._multiply, group, xq_MK)
+        return partial(self._multiply, group, xq_MK, scaling)
 
     def abandon(self) -> None:
         """See ``Products.abandon``. Nothing is on its way."""
 
-    def _multiply(self, group: str, xq_MK: Tensor) -> Tensor:
+    def _multiply(self, group: str, xq_MK: Tensor, scaling: Scaling | None) -> Tensor:
         with using_threads(self._threads):
-            return multiply(xq_MK, self._codes[group])
+            y_MN = multiply(xq_MK, self._codes[group])
+            return y_MN if scaling is None else dequantize(y_MN, scaling, y_MN.view(torch.float32))
 
 
 class ExactOps:
@@ -98,13 +102,8 @@ class ExactOps:
         """
         with self._meter.span("quantise"):
             xq_MK, scale_M1 = quantize_activations(x_MK, self._norms[group])
-        return partial(self._scaled, group, scale_M1, self._products.start(group, xq_MK))
-
-    def _scaled(self, group: str, scale_M1: Tensor, products: Pending) -> Tensor:
-        y_MN = products()
-        with self._meter.span("quantise"):
-            bias_N = self._packed.biases.get(group)
-            return dequantize(y_MN, scale_M1, self._packed.scales[group], bias_N, y_MN.view(torch.float32))
+        scaling = Scaling(scale_M1, self._packed.scales[group], self._packed.biases.get(group))
+        return self._products.start(group, xq_MK, scaling)
 
     def abandon(self) -> None:
         """See ``LinearOps.abandon``."""

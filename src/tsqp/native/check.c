@@ -7,7 +7,8 @@
  *
  * The words may lie in memory that the peer shares and can change at any time. So each is read exactly once (volatile);
  * what is summed and what is stored is that one value. A product that was checked in one state and used in another would be
- * no check at all.
+ * no check at all. Where activations are asked for, a row is scaled back while it is still in the cache, in this process's
+ * memory; the caller shows them to nobody before it has compared all residues.
  *
  * Nothing here branches on, or looks up by, a word or a limb. */
 #include "native.h"
@@ -148,6 +149,7 @@ static int64_t mod_q(const __int128 sums[LIMBS])
 struct work {
     const struct dots *dots;
     span_fn *span;
+    dequantize_fn *dequantize;
 };
 
 static void dot_of_row(const struct dots *dots, span_fn *sum, size_t row)
@@ -175,13 +177,16 @@ static void dots_task(void *argument, size_t index)
 {
     const struct work *work = argument;
     const size_t from = index * ROWS_PER_TASK, to = smaller(work->dots->rows, from + ROWS_PER_TASK);
-    for (size_t row = from; row < to; row++)
+    for (size_t row = from; row < to; row++) {
         dot_of_row(work->dots, work->span, row);
+        if (work->dots->scaling)
+            work->dequantize(work->dots->scaling, row);
+    }
 }
 
 void field_dots(const struct dots *dots, enum isa isa, int threads)
 {
-    struct work work = {dots, spans[isa]};
+    struct work work = {dots, spans[isa], dequantizer(isa)};
     if (dots->rows * dots->length < WORTH_THREADS)
         threads = 1;
     run_tasks(dots_task, &work, ceil_div(dots->rows, ROWS_PER_TASK), threads);

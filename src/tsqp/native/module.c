@@ -92,16 +92,22 @@ static PyObject *dequantize(PyObject *self, PyObject *arguments)
 
 static PyObject *dots(PyObject *self, PyObject *arguments)
 {
-    address words, masks, out, limbs, result;
+    address words, masks, out, limbs, result, row_scale, column_scale, bias;
     Py_ssize_t rows, length;
     int isa, threads;
     (void)self;
-    if (!PyArg_ParseTuple(arguments, "KKKKKnnii", &words, &masks, &out, &limbs, &result, &rows, &length, &isa, &threads))
+    if (!PyArg_ParseTuple(arguments, "KKKKKKKKnnii", &words, &masks, &out, &limbs, &result, &row_scale, &column_scale,
+                          &bias, &rows, &length, &isa, &threads))
         return NULL;
+    const struct integers scaling = {
+        ADDRESS(const int32_t *, out), ADDRESS(const double *, row_scale), ADDRESS(const float *, column_scale),
+        ADDRESS(const float *, bias),  ADDRESS(float *, out),              (size_t)rows,
+        (size_t)length,
+    };
     const struct dots all = {
         ADDRESS(const volatile int32_t *, words), ADDRESS(const int32_t *, masks), ADDRESS(int32_t *, out),
         ADDRESS(const int32_t *, limbs),          ADDRESS(int64_t *, result),      (size_t)rows,
-        (size_t)length,
+        (size_t)length,                           row_scale ? &scaling : NULL,
     };
     Py_BEGIN_ALLOW_THREADS
     field_dots(&all, possible(isa), threads);

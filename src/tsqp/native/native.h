@@ -61,6 +61,9 @@ struct integers {
     size_t rows, outputs;
 };
 void dequantize_rows(const struct integers *integers, enum isa isa, int threads);
+/* The same for one row, by the function of an instruction set. */
+typedef void dequantize_fn(const struct integers *integers, size_t row);
+dequantize_fn *dequantizer(enum isa isa);
 
 /* Inner products modulo 2^61 - 1 of rows of words with a vector, after subtraction of masks (check.c). */
 struct dots {
@@ -70,6 +73,7 @@ struct dots {
     const int32_t *limbs;          /* (3, length): the vector's 21-bit limbs */
     int64_t *dots;                 /* (rows), in [0, 2^61 - 1) */
     size_t rows, length;
+    const struct integers *scaling; /* if given, each row of out is scaled back as soon as it is summed; or NULL */
 };
 void field_dots(const struct dots *dots, enum isa isa, int threads);
 

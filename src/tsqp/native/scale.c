@@ -78,7 +78,6 @@ INLINE void dequantize_body(const struct integers *all, size_t row)
 }
 
 typedef int quantize_fn(const struct activations *all, size_t row);
-typedef void dequantize_fn(const struct integers *all, size_t row);
 
 static int quantize_portable(const struct activations *all, size_t row) { return quantize_body(all, row); }
 static void dequantize_portable(const struct integers *all, size_t row) { dequantize_body(all, row); }
@@ -118,6 +117,8 @@ size_t quantize_rows(const struct activations *all, enum isa isa, int threads)
     run_tasks(quantize_task, &work, ceil_div(all->rows, ROWS_PER_TASK), threads);
     return atomic_load(&work.failures);
 }
+
+dequantize_fn *dequantizer(enum isa isa) { return dequantizers[isa]; }
 
 struct dequantizing {
     const struct integers *all;

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tsqp.arith import native, quantize, ring
+from tsqp.arith.native import Scaling
 from tsqp.arith.quantize import dequantize, largest_norm, quantize_activations
 from tsqp.errors import ConfigError, ExactnessError, InputError
 from tsqp.threads import using_threads
@@ -112,8 +113,13 @@ def test_what_does_not_fit_is_refused(kernels: native.Kernels) -> None:
         kernels.dots(words, torch.zeros(3, 5, dtype=torch.int32))
     with pytest.raises(ExactnessError, match="a native kernel takes"):
         kernels.dots(words, torch.zeros(3, 4, dtype=torch.int32), words[:1])
+    one_row = Scaling(torch.ones(1, 1, dtype=torch.float64), torch.ones(4))
     with pytest.raises(ExactnessError, match="a native kernel takes"):
-        kernels.dequantize(words, torch.zeros(2, 1), torch.zeros(4), None, torch.zeros(2, 4))
+        kernels.dots(words, torch.zeros(3, 4, dtype=torch.int32), None, words.clone(), one_row)
+    with pytest.raises(ExactnessError, match="only where they are stored"):
+        kernels.dots(words, torch.zeros(3, 4, dtype=torch.int32), scaling=one_row)
+    with pytest.raises(ExactnessError, match="a native kernel takes"):
+        kernels.dequantize(words, Scaling(torch.zeros(2, 1), torch.zeros(4)), torch.zeros(2, 4))
     with pytest.raises(ExactnessError, match="a native kernel takes"):
         kernels.quantize(torch.zeros(2, 4, dtype=torch.float64), 1.0)
 
@@ -190,15 +196,15 @@ def test_integers_are_scaled_back_the_same(
     y_MN = torch.randint(-(1 << 31), 1 << 31, (rows, outputs), generator=generator).int()
     scale_M1 = torch.rand(rows, 1, generator=generator, dtype=torch.float64) * 10.0 ** data.draw(st.integers(-44, 30))
     scale_N, bias_N = torch.rand(2, outputs, generator=generator)
-    operands = (y_MN, scale_M1, scale_N, bias_N if biased == "biased" else None)
-    theirs = twin(dequantize, *operands)
+    scaling = Scaling(scale_M1, scale_N, bias_N if biased == "biased" else None)
+    theirs = twin(dequantize, y_MN, scaling)
     assert isinstance(theirs, Tensor)
     with pytest.MonkeyPatch.context() as patch:
         for chosen in (kernels, None):
             patch.setattr(native, "kernels", lambda chosen=chosen: chosen)
             words_MN = y_MN.clone()
             out_MN = words_MN.view(torch.float32) if place == "i" else None
-            ours = dequantize(words_MN, *operands[1:], out_MN)
+            ours = dequantize(words_MN, scaling, out_MN)
             assert bits(ours) == bits(theirs)
             assert (ours.data_ptr() == words_MN.data_ptr()) == (place == "i") or not ours.numel()
 
@@ -214,7 +220,7 @@ def test_scaling_back_rounds_after_each_operation(kernels: native.Kernels) -> No
     scale_N = torch.rand(1000, generator=torch.Generator().manual_seed(5)) + 0.5
     bias_N = -y_MN[0].float() * scale_N
     out_MN = torch.empty(1, 1000)
-    kernels.dequantize(y_MN, torch.tensor([[1 / 3]], dtype=torch.float64), scale_N, bias_N, out_MN)
+    kernels.dequantize(y_MN, Scaling(torch.tensor([[1 / 3]], dtype=torch.float64), scale_N, bias_N), out_MN)
     third = rounded(1 / 3)
     for word, scale, bias, got in zip(
         y_MN[0].tolist(), scale_N.tolist(), bias_N.tolist(), out_MN[0].tolist(), strict=True
@@ -292,7 +298,7 @@ def test_without_the_extension_the_twins_serve(fresh: pytest.MonkeyPatch) -> Non
 
 OFF = """
 import sys, torch
-from tsqp.arith import quantize, ring
+from tsqp.arith import native, quantize, ring
 from tsqp.enclave.freivalds import Checker
 from tsqp.wire.codec import Claim
 torch.manual_seed(0)
@@ -302,8 +308,8 @@ xq, scale = quantize.quantize_activations(x, quantize.largest_norm(w))
 y = ring.multiply(xq, codes)
 checker = Checker("a", 48, 96)
 checker.absorb(w)
-y = checker.verified(Claim(y, ""), checker.expect(xq), ())
-real = quantize.dequantize(y, scale, torch.rand(48), torch.rand(48))
+scaling = native.Scaling(scale, torch.rand(48), torch.rand(48))
+real = checker.verified(Claim(y, ""), checker.expect(xq), (), (), scaling)
 print(codes.kernel.name, real.view(torch.int32).tolist())
 """
 

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tsqp.arith import quantize, ring
+from tsqp.arith.native import Scaling
 from tsqp.arith.quantize import L, dequantize, largest_norm, quantize_activations, quantize_weights
 from tsqp.errors import ExactnessError, InputError, WeightsError
 
@@ -58,7 +59,7 @@ def test_products_come_back_near_the_real_ones() -> None:
     x_MK, w_NK = torch.randn(8, 256, generator=generator), torch.randn(32, 256, generator=generator)
     codes, scale_N = quantize_weights(w_NK)
     xq_MK, scale_M1 = quantize_activations(x_MK, largest_norm(codes))
-    y_MN = dequantize(ring.multiply(xq_MK, ring.lay_out(codes)), scale_M1, scale_N)
+    y_MN = dequantize(ring.multiply(xq_MK, ring.lay_out(codes)), Scaling(scale_M1, scale_N))
     rounded = x_MK.double() @ (codes * scale_N[:, None].double()).T
     assert torch.allclose(y_MN.double(), rounded, rtol=1e-4, atol=1e-3)
     assert (y_MN - x_MK @ w_NK.T).abs().max() < 0.02 * (x_MK @ w_NK.T).abs().max()

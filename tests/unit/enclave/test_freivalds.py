@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tsqp.arith import native, ring
+from tsqp.arith.native import Scaling
+from tsqp.arith.quantize import dequantize
 from tsqp.enclave import freivalds
 from tsqp.enclave.freivalds import Checker, FieldVector, Q
 from tsqp.errors import ExactnessError, IntegrityError
@@ -98,6 +100,22 @@ def test_masks_are_taken_off_in_parts(rows: int, length: int) -> None:
     if rows:
         with pytest.raises(ExactnessError, match="rows to check, and masks of"):
             vector.dot_unmasked(words_MN, (u_MN[1:],), out_MN)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 9])
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_checked_is_scaled_back(rows: int, biased: bool) -> None:  # noqa: FBT001
+    generator = torch.Generator().manual_seed(rows)
+    words_MN, u_MN = torch.randint(-(1 << 31), 1 << 31, (2, rows, 1030), generator=generator).int()
+    scale_N, bias_N = torch.rand(2, 1030, generator=generator)
+    scaling = Scaling(torch.rand(rows, 1, dtype=torch.float64), scale_N, bias_N if biased else None)
+    vector = freivalds.draw(1030, seeded(2))
+    for u in ((u_MN,), (u_MN[:1], u_MN[1:])):
+        plain_MN, out_MN = torch.empty(2, rows, 1030, dtype=torch.int32)
+        residues_M = vector.dot_unmasked(words_MN, u, plain_MN)
+        assert torch.equal(vector.dot_unmasked(words_MN, u, out_MN, scaling), residues_M)
+        real_MN = dequantize(plain_MN, scaling)
+        assert torch.equal(out_MN, real_MN.view(torch.int32))  # the same bits
 
 
 def test_what_was_checked_is_what_is_returned() -> None:

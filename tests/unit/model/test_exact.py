@@ -12,6 +12,8 @@ from tiny_models import load_linears, tiny_checkpoint
 from torch import Tensor
 from workers import packed_tiny
 
+from tsqp.arith.native import Scaling
+from tsqp.arith.quantize import dequantize
 from tsqp.arith.ring import lay_out
 from tsqp.errors import InputError
 from tsqp.meter import Meter
@@ -84,10 +86,10 @@ def test_what_is_multiplied_stays_in_range(enclave: PackedEnclave, packed: Path)
     codes = open_codes(packed)
     seen: list[int] = []
 
-    def products(group: str, xq_MK: Tensor) -> Tensor:
+    def products(group: str, xq_MK: Tensor, scaling: Scaling) -> Tensor:
         exact = xq_MK.long() @ codes.read(group).long().T
         seen.append(int(exact.abs().max()))
-        return exact.int()
+        return dequantize(exact.int(), scaling)
 
     ops = ExactOps(enclave, SimpleNamespace(start=partial(partial, products)), Meter())
     for scale in (1e-30, 1.0, 1e30):
