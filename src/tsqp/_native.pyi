@@ -28,3 +28,15 @@ def dots(
     threads: int,
     /,
 ) -> None: ...
+def attend(
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    sizes: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    threads: int,
+    /,
+) -> None: ...

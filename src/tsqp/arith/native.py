@@ -1,10 +1,10 @@
 """Native CPU kernels (``tsqp._native``, sources in ``native/``): whether they are there, and checked calls of them.
 
-Each has a twin in PyTorch beside its caller, which gives the same bits and serves where the extension is not built. The
+Each has a twin in PyTorch beside its caller, which serves, with the same bits, where the extension is not built. The
 extension sees addresses and sizes only, so dtype, shape, layout and alignment are checked here, on every call.
 
 ``TSQP_NATIVE`` (docs/configuration.md) chooses an instruction set below the processor's best one, or ``off``. It
-changes speed and nothing else.
+changes speed and nothing else, but for attention, which is floating-point: there PyTorch's own gives other last bits.
 
 Shapes: M rows, K inputs, N outputs, P panels of codes.
 """
@@ -188,6 +188,41 @@ class Kernels:
         return dots_M
 
     @property
+    def attends(self) -> bool:
+        """Whether ``attend`` is there."""
+        return self.instructions == INSTRUCTION_SETS[-1]
+
+    def attend(self, q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, out_BTNH: Tensor) -> None:
+        """Store softmax(q k^T / sqrt(H)) v, causal, for the last T of S tokens; see ``causal_attention``.
+
+        Args:
+            q_BTNH: float32, as the others; the last dimension contiguous.
+            k_BGSH: key-value heads serve N / G query heads each.
+            v_BGSH: as keys.
+            out_BTNH: contiguous.
+
+        Raises:
+            ExactnessError: other dtypes, shapes or layouts, or the instruction set lacks it.
+        """
+        if not self.attends:
+            raise ExactnessError(f"there is no native attention for {self.instructions}.")
+        batch, tokens, heads, size = q_BTNH.shape
+        kv_heads, total = k_BGSH.shape[1:3]
+        if not kv_heads or heads % kv_heads or total < tokens:
+            raise ExactnessError(f"{heads} heads cannot share {kv_heads}, nor {tokens} tokens be the last of {total}.")
+        _extension.attend(
+            _strided(q_BTNH, batch, tokens, heads, size),
+            _strided(k_BGSH, batch, kv_heads, total, size),
+            _strided(v_BGSH, batch, kv_heads, total, size),
+            _address(out_BTNH, torch.float32, batch, tokens, heads, size),
+            (batch, tokens, total, heads, kv_heads, size),
+            q_BTNH.stride()[:3],
+            k_BGSH.stride()[:3],
+            v_BGSH.stride()[:3],
+            torch.get_num_threads(),
+        )
+
+    @property
     def _level(self) -> int:
         return INSTRUCTION_SETS.index(self.instructions)
 
@@ -207,6 +242,15 @@ def _address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
             f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {list(tensor.stride())}."
         )
     return address
+
+
+def _strided(tensor: Tensor, *shape: int) -> int:
+    if (tensor.dtype, tensor.shape, tensor.is_cpu) != (torch.float32, shape, True) or tensor.stride(-1) != 1:
+        raise ExactnessError(
+            f"a native kernel takes torch.float32 {list(shape)} on the cpu with a contiguous last dimension, "
+            f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {list(tensor.stride())}."
+        )
+    return tensor.data_ptr()
 
 
 def available() -> tuple[str, ...]:

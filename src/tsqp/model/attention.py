@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tsqp.arith import native
+
 MatMul = Callable[[Tensor, Tensor], Tensor]
 
 # Queries at a time: each block looks at the keys up to its own end, and none of the later half of a long prompt is
 # multiplied for nothing. Of 16 to 256 this was the fastest, for prompts from 128 tokens (docs/performance.md).
 _BLOCK = 64
+
+
+# The native kernel computes so many queries at a time; for fewer, as in decode, PyTorch's operator is faster.
+_LANES = 16
 
 
 def causal_mask(tokens: int, total: int) -> Tensor:
@@ -44,6 +50,11 @@ def causal_attention(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int
         wanted: for how many of the T tokens. Their results are the same bits, however many they are.
     """
     tokens, total = q_BTNH.shape[1], k_BGSH.shape[2]
+    kernels = native.kernels()
+    if kernels and kernels.attends and tokens >= _LANES:
+        y_BTNH = torch.empty(len(q_BTNH), wanted, *q_BTNH.shape[2:])
+        kernels.attend(q_BTNH[:, tokens - wanted :], k_BGSH, v_BGSH, y_BTNH)
+        return y_BTNH.flatten(2)
     mask = _block_mask(max(_BLOCK, 1 << (total - 1).bit_length()))
     y_BTNH = torch.empty_like(q_BTNH, memory_format=torch.contiguous_format)
     for first in range((tokens - wanted) // _BLOCK * _BLOCK, tokens, _BLOCK):

@@ -115,12 +115,38 @@ static PyObject *dots(PyObject *self, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+static PyObject *attend_rows(PyObject *self, PyObject *arguments)
+{
+    address q, k, v, out;
+    Py_ssize_t sizes[6], q_by[3], k_by[3], v_by[3];
+    int threads, failed;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKK(nnnnnn)(nnn)(nnn)(nnn)i", &q, &k, &v, &out, &sizes[0], &sizes[1], &sizes[2],
+                          &sizes[3], &sizes[4], &sizes[5], &q_by[0], &q_by[1], &q_by[2], &k_by[0], &k_by[1], &k_by[2],
+                          &v_by[0], &v_by[1], &v_by[2], &threads))
+        return NULL;
+    const struct attention attention = {
+        ADDRESS(const float *, q), ADDRESS(const float *, k), ADDRESS(const float *, v), ADDRESS(float *, out),
+        (size_t)sizes[0],          (size_t)sizes[1],          (size_t)sizes[2],          (size_t)sizes[3],
+        (size_t)sizes[4],          (size_t)sizes[5],          (size_t)q_by[0],           (size_t)q_by[1],
+        (size_t)q_by[2],           (size_t)k_by[0],           (size_t)k_by[1],           (size_t)k_by[2],
+        (size_t)v_by[0],           (size_t)v_by[1],           (size_t)v_by[2],
+    };
+    Py_BEGIN_ALLOW_THREADS
+    failed = best_isa() < AVX512_VNNI || attend(&attention, threads);
+    Py_END_ALLOW_THREADS
+    if (failed)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"best", best, METH_NOARGS, "Return the number of this processor's best instruction set."},
     {"multiply", multiply, METH_VARARGS, "Multiply words by laid-out codes modulo 2^32."},
     {"quantize", quantize, METH_VARARGS, "Scale and round rows; return how many are not finite."},
     {"dequantize", dequantize, METH_VARARGS, "Scale rows of integers back."},
     {"dots", dots, METH_VARARGS, "Sum products of rows with a vector modulo 2^61 - 1."},
+    {"attend", attend_rows, METH_VARARGS, "Compute causal attention."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -77,4 +77,17 @@ struct dots {
 };
 void field_dots(const struct dots *dots, enum isa isa, int threads);
 
+/* out = softmax(q k^T / sqrt(head size)) v, causal, for the last tokens of total (attention.c). Strides are in elements;
+ * the last dimension is contiguous. Returns 0, or -1 where there is no memory, or no AVX-512. */
+struct attention {
+    const float *q;                  /* (batch, tokens, heads, head size) */
+    const float *k, *v;              /* (batch, key-value heads, total, head size) */
+    float *out;                      /* (batch, tokens, heads, head size), contiguous */
+    size_t batch, tokens, total, heads, kv_heads, head_size;
+    size_t q_batch, q_token, q_head; /* strides */
+    size_t k_batch, k_head, k_token;
+    size_t v_batch, v_head, v_token;
+};
+int attend(const struct attention *attention, int threads);
+
 #endif

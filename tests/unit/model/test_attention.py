@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tsqp.arith import native
+from tsqp.errors import ExactnessError
 from tsqp.model.attention import causal_attention, offloaded_attention
+from tsqp.threads import using_threads
 
 SHAPES = [
     pytest.param((2, 17, 4, 4, 8), id="multi-head"),
@@ -20,6 +23,8 @@ SHAPES = [
     pytest.param((1, 2, 1, 1, 2), id="smallest"),
     pytest.param((1, 64, 2, 1, 4), id="one-block"),
     pytest.param((2, 131, 4, 2, 8), id="three-blocks"),
+    pytest.param((1, 40, 2, 2, 20), id="odd-head-size"),
+    pytest.param((1, 300, 2, 1, 64), id="three-chunks-of-keys"),
 ]
 
 
@@ -49,11 +54,18 @@ def causal(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor) -> Tensor:
     return causal_attention(q_BTNH, k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2), q_BTNH.shape[1])
 
 
+def by_operators(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor) -> Tensor:
+    """Compute without the native kernel, as on processors that lack it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "kernels", lambda: None)
+        return causal(q_BTNH, k_BTGH, v_BTGH)
+
+
 def offloaded(q_BTNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor) -> Tensor:
     return offloaded_attention(q_BTNH, k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2), q_BTNH.shape[1], torch.matmul)
 
 
-@pytest.mark.parametrize("attention", [causal, offloaded], ids=["causal", "offloaded"])
+@pytest.mark.parametrize("attention", [causal, by_operators, offloaded], ids=["causal", "operators", "offloaded"])
 @pytest.mark.parametrize("scale", [1.0, 30.0], ids=["soft", "peaked"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_formula(attention: Any, shape: tuple[int, ...], scale: float) -> None:
@@ -97,3 +109,69 @@ def test_offloaded_asks_for_two_products() -> None:
         (torch.Size([2, 6, 5, 8]), torch.Size([2, 6, 8, 5])),
         (torch.Size([2, 6, 5, 5]), torch.Size([2, 6, 5, 8])),
     ]
+
+
+@pytest.fixture
+def kernels() -> native.Kernels:
+    if "avx512-vnni" not in native.available():
+        pytest.skip("native attention needs AVX-512")
+    return native.Kernels("avx512-vnni")
+
+
+def attended(kernels: native.Kernels, q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor) -> Tensor:
+    """Compute natively into the middle of a larger tensor; nothing beside the result may change."""
+    room = torch.full((q_BTNH.numel() + 64,), 7.5)
+    y_BTNH = room[32:-32].view(q_BTNH.shape)
+    kernels.attend(q_BTNH, k_BGSH, v_BGSH, y_BTNH)
+    assert room[:32].eq(7.5).all()
+    assert room[-32:].eq(7.5).all()
+    return y_BTNH
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_natively_a_query_has_the_same_bits_whatever_is_computed_with_it(kernels: native.Kernels, threads: int) -> None:
+    q, k, v = random_qkv((2, 300, 6, 2, 24), 5.0)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    with using_threads(threads):
+        every = attended(kernels, q, k, v)
+        for first, end in ((0, 1), (0, 33), (17, 160), (128, 300), (299, 300)):
+            part = attended(kernels, q[:, first:end], k[:, :, :end], v[:, :, :end])
+            assert torch.equal(part, every[:, first:end])
+
+
+def test_natively_later_keys_are_not_read_into_a_result(kernels: native.Kernels) -> None:
+    q, k, v = random_qkv((1, 40, 2, 2, 8))
+    k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+    before = attended(kernels, q, k, v)
+    k[:, :, 20:], v[:, :, 20:] = 1e30, 1e30
+    assert torch.equal(attended(kernels, q, k, v)[:, :20], before[:, :20])
+
+
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+def test_natively_what_is_not_a_number_stays_so(kernels: native.Kernels, place: str) -> None:
+    tensors = dict(zip("qkv", random_qkv((1, 40, 1, 1, 8)), strict=True))
+    tensors[place][0, 5, 0, 3] = math.nan
+    y = attended(kernels, tensors["q"], tensors["k"].transpose(1, 2), tensors["v"].transpose(1, 2))
+    assert y[0, 5, 0].isnan().any()
+    assert place == "v" or not y[0, :5].isnan().any()  # a weight of 0 times a value that is not a number is none
+
+
+def test_natively_shapes_are_checked(kernels: native.Kernels) -> None:
+    q, k, v = random_qkv((1, 4, 4, 2, 8))
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    out = torch.empty_like(q)
+    for operands in (
+        (q.double(), k, v, out),
+        (q, k[..., :4], v, out),
+        (q, k, v[:, :, :3], out),
+        (q, k, v, out[..., ::2]),
+        (q, k.transpose(2, 3).contiguous().transpose(2, 3), v, out),
+    ):
+        with pytest.raises(ExactnessError, match="a native kernel takes"):
+            kernels.attend(*operands)
+    with pytest.raises(ExactnessError, match="cannot share"):
+        kernels.attend(q[:, :, :3], k, v, out[:, :, :3])
+    with pytest.raises(ExactnessError, match="cannot share"):
+        kernels.attend(q, k[:, :, :3], v[:, :, :3], out)
+    with pytest.raises(ExactnessError, match="no native attention for avx2"):
+        native.Kernels("avx2").attend(q, k, v, out)
