@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tsqp.arith import native
+from tsqp.arith import native, panels
 from tsqp.config import WorkerConfig
 from tsqp.errors import TsqpError
 from tsqp.model.architecture import LlamaConfig, read_config, weight_shapes
@@ -58,9 +59,16 @@ def _python() -> Check:
 
 
 def _torch(config: WorkerConfig) -> Check:
-    kernel = "oneDNN" if onednn_computes(TORCH_DTYPES[config.dtype]) else "torch's own linear"
-    found = f"{torch.__version__}, {torch.get_num_threads()} threads, CPU products in {config.dtype} by {kernel}"
+    products = f"CPU products in {config.dtype} by {_multiplier(TORCH_DTYPES[config.dtype])}"
+    found = f"{torch.__version__}, {torch.get_num_threads()} threads, {products}"
     return Check(name="torch", status="ok", found=found)
+
+
+def _multiplier(dtype: torch.dtype) -> str:
+    with contextlib.suppress(TsqpError):  # which _native reports
+        if panels.kernels_for(dtype, torch.device("cpu")):
+            return "the native kernel"
+    return "oneDNN" if onednn_computes(dtype) else "torch's own linear"
 
 
 def _native() -> Check:

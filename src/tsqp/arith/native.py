@@ -1,10 +1,11 @@
 """Native CPU kernels (``tsqp._native``, sources in ``native/``): whether they are there, and checked calls of them.
 
-Each has a twin in PyTorch beside its caller, which serves, with the same bits, where the extension is not built. The
-extension sees addresses and sizes only, so dtype, shape, layout and alignment are checked here, on every call.
+Kernels of integers have twins in PyTorch beside their callers, which give the same bits and serve where the extension
+is not built. Products and attention of floats are PyTorch's there, in another order of additions. The extension sees
+addresses and sizes only, so dtype, shape, layout and alignment are checked here, on every call.
 
 ``TSQP_NATIVE`` (docs/configuration.md) chooses an instruction set below the processor's best one, or ``off``. It
-changes speed and nothing else, but for attention, which is floating-point: there PyTorch's own gives other last bits.
+changes speed, and the last bits of what is computed in floats.
 
 Shapes: M rows, K inputs, N outputs, P panels of codes.
 """
@@ -95,6 +96,40 @@ class Kernels:
             _address(x_MK, torch.int32, rows, inputs),
             _address(panels, torch.int8, -(-outputs // PANEL), -(-inputs // PAIR), PANEL, PAIR),
             _address(y_MN, torch.int32, rows, outputs),
+            rows,
+            inputs,
+            outputs,
+            self._level,
+            torch.get_num_threads(),
+        )
+
+    @property
+    def multiplies_floats(self) -> bool:
+        """Whether there is ``multiply_floats``: the portable instructions have none."""
+        return self._level > 0
+
+    def multiply_floats(self, x_MK: Tensor, panels: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
+        """Store x W^T (+ b) in y; see ``arith/panels.py``.
+
+        Args:
+            x_MK: float32, K at least 1; another process may change it meanwhile.
+            panels: float32, shape (P, K, 16), contiguous.
+            bias_N: float32.
+            y_MN: float32, contiguous; apart from x, and each element is written once.
+
+        Raises:
+            ExactnessError: other dtypes, shapes or layouts.
+        """
+        (rows, inputs), outputs = x_MK.shape, y_MN.shape[-1]
+        if not inputs:
+            raise ExactnessError("a native kernel takes at least one input.")
+        x_MK = _readable(x_MK)
+        bias_N = None if bias_N is None else _readable(bias_N)
+        _extension.multiply_floats(
+            _address(x_MK, torch.float32, rows, inputs),
+            _address(panels, torch.float32, -(-outputs // PANEL), inputs, PANEL),
+            0 if bias_N is None else _address(bias_N, torch.float32, outputs),
+            _address(y_MN, torch.float32, rows, outputs),
             rows,
             inputs,
             outputs,

@@ -1,7 +1,8 @@
 """The Linear and Embedding modules of a model on one device: what a worker computes, and `local` in its stead.
 
-On CPUs the product goes to oneDNN directly. PyTorch's own ``linear`` takes MKL there, whose float32 kernels are 2.5
-times slower on the AMD processors this was measured on (benchmarks/results); both are plain IEEE float32.
+On CPUs float32 products are computed by a native kernel, which stores them where the client reads them; where that is
+not built, and in bfloat16, by oneDNN, called directly. PyTorch's own ``linear`` takes MKL there, whose float32 kernels
+are 2.5 times slower on the AMD processors this was measured on (benchmarks/results); all are plain IEEE float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tsqp.arith import panels
 from tsqp.errors import DeviceMemoryError, InputError
 from tsqp.model.architecture import EMBEDDING_MODULE, LinearGroup, LlamaConfig, linear_groups, weight_shapes
 from tsqp.model.weights import Checkpoint
@@ -86,9 +88,9 @@ def product(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 class Linears:
     """Embedding table and stacked group weights of one model, in one dtype on one device.
 
-    Weights are held once: in oneDNN's layout where it computes them, but for the head, which mostly sees one row per
-    prompt, where the layout gains nothing, and which shares the embedding table's memory where it is tied. Products of
-    a single member (the first published protocol) need a plain copy of their group's weights, made on first use.
+    Weights are held once: in the layout of what computes them, panels or oneDNN's, but for the head, which mostly sees
+    one row per prompt, and which shares the embedding table's memory where it is tied. Products of a single member
+    (the first published protocol) need a plain copy of their group's weights, made on first use.
 
     Args:
         config: the model's architecture.
@@ -113,6 +115,8 @@ class Linears:
         checkpoint.require(weight_shapes(config))
         self.config, self.dtype, self.device = config, dtype, device
         self.groups = {group.name: group for group in linear_groups(config)}
+        self._kernels = panels.kernels_for(dtype, device)
+        self._panels: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
         self._plain: dict[str, Tensor] = {}
@@ -130,7 +134,7 @@ class Linears:
 
     def _scratch(self) -> Tensor | None:
         """Allocate room for the largest group that is packed, once: freed piece by piece it would fragment the heap."""
-        if self.device.type != "cpu" or not onednn_computes(self.dtype):
+        if not self._kernels and not (self.device.type == "cpu" and onednn_computes(self.dtype)):
             return None
         return self._empty(
             max(group.rows * group.in_features for group in self.groups.values() if group.name != "head")
@@ -146,7 +150,12 @@ class Linears:
         weight_NK = self._empty(*shape) if scratch is None else scratch[: math.prod(shape)].view(shape)
         for member, part in zip(group.members, weight_NK.split(group.out_features), strict=True):
             checkpoint.read_into(f"{member}.weight", part)
-        self._weights[group.name] = weight_NK if scratch is None else _onednn_layout(weight_NK)
+        if scratch is None:
+            self._weights[group.name] = weight_NK
+        elif self._kernels:
+            self._panels[group.name] = panels.lay_out(weight_NK)
+        else:
+            self._weights[group.name] = _onednn_layout(weight_NK)
         if group.bias:
             bias_N = self._biases[group.name] = self._empty(group.rows)
             for member, part in zip(group.members, bias_N.split(group.out_features), strict=True):
@@ -177,10 +186,22 @@ class Linears:
             return product(x_MK.to(self.device, self.dtype), w_NK, bias_N)
 
     @torch.inference_mode()
-    def multiply(self, name: str, x_MK: Tensor) -> Tensor:
-        """Multiply rows that ``check`` has accepted by one group's weights; see ``linear``."""
+    def multiply(self, name: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        """Multiply rows that ``check`` has accepted by one group's weights; see ``linear``.
+
+        Args:
+            name: the group.
+            x_MK: the rows.
+            out_MN: where to store the result, contiguous and in the weights' dtype; by default new memory.
+        """
         with memory_errors(f"linear {name}", self.device):
-            return product(x_MK.to(self.device, self.dtype), self._weights[name], self._biases.get(name))
+            x_MK, bias_N = x_MK.to(self.device, self.dtype), self._biases.get(name)
+            if self._kernels and name in self._panels:
+                y_MN = self._empty(len(x_MK), self.groups[name].rows) if out_MN is None else out_MN
+                self._kernels.multiply_floats(x_MK, self._panels[name], bias_N, y_MN)
+                return y_MN
+            y_MN = product(x_MK, self._weights[name], bias_N)
+            return y_MN if out_MN is None else out_MN.copy_(y_MN)
 
     def check(self, name: str, x_MK: Tensor) -> LinearGroup:
         """Return the group ``name`` if x can be multiplied by its weights.
@@ -200,10 +221,15 @@ class Linears:
 
     def _plain_weight(self, name: str) -> Tensor:
         if name not in self._plain:
-            weight = self._weights[name]
             with memory_errors(f"unpacking {name}", self.device):
-                self._plain[name] = weight.to_dense() if weight.layout is not torch.strided else weight
+                self._plain[name] = self._unpacked(name)
         return self._plain[name]
+
+    def _unpacked(self, name: str) -> Tensor:
+        if name in self._panels:
+            return panels.plain(self._panels[name], self.groups[name].rows)
+        weight = self._weights[name]
+        return weight.to_dense() if weight.layout is not torch.strided else weight
 
     @torch.inference_mode()
     def embedding(self, ids_M: Tensor) -> Tensor:

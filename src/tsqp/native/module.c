@@ -12,7 +12,7 @@ enum isa best_isa(void)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
         return AVX512_VNNI;
-    if (__builtin_cpu_supports("avx2"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return AVX2;
 #endif
     return PORTABLE;
@@ -49,6 +49,28 @@ static PyObject *multiply(PyObject *self, PyObject *arguments)
     Py_END_ALLOW_THREADS
     if (failed)
         return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *multiply_floats(PyObject *self, PyObject *arguments)
+{
+    address x, panels, bias, y;
+    Py_ssize_t rows, inputs, outputs;
+    int isa, threads, failed;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKKnnnii", &x, &panels, &bias, &y, &rows, &inputs, &outputs, &isa, &threads))
+        return NULL;
+    const struct float_product product = {
+        ADDRESS(const float *, x), ADDRESS(const float *, panels), ADDRESS(const float *, bias), ADDRESS(float *, y),
+        (size_t)rows,              (size_t)inputs,                 (size_t)outputs,
+    };
+    Py_BEGIN_ALLOW_THREADS
+    failed = float_product(&product, possible(isa), threads);
+    Py_END_ALLOW_THREADS
+    if (failed) {
+        PyErr_SetString(PyExc_NotImplementedError, "float products need AVX2 with FMA");
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -143,6 +165,7 @@ static PyObject *attend_rows(PyObject *self, PyObject *arguments)
 static PyMethodDef methods[] = {
     {"best", best, METH_NOARGS, "Return the number of this processor's best instruction set."},
     {"multiply", multiply, METH_VARARGS, "Multiply words by laid-out codes modulo 2^32."},
+    {"multiply_floats", multiply_floats, METH_VARARGS, "Multiply float32 by laid-out weights."},
     {"quantize", quantize, METH_VARARGS, "Scale and round rows; return how many are not finite."},
     {"dequantize", dequantize, METH_VARARGS, "Scale rows of integers back."},
     {"dots", dots, METH_VARARGS, "Sum products of rows with a vector modulo 2^61 - 1."},

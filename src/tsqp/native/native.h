@@ -6,12 +6,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Instruction sets in order: a processor that has one has those before it. */
+/* Instruction sets in order: a processor that has one has those before it. AVX2 comes with FMA here. */
 enum isa { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2 };
 
 #if defined(__x86_64__)
 #define TSQP_X86 1
-#define WITH_AVX2 __attribute__((target("avx2")))
+#define WITH_AVX2 __attribute__((target("avx2,fma")))
 #define WITH_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")))
 #else
@@ -40,6 +40,16 @@ struct product {
     size_t rows, inputs, outputs;
 };
 int exact_product(const struct product *product, enum isa isa, int threads);
+
+/* y = x W^T (+ bias) in float32 (float_gemm.c). Returns 0, or -1 where the instruction set is PORTABLE. */
+struct float_product {
+    const float *x;      /* (rows, inputs); another process may change them meanwhile */
+    const float *panels; /* (ceil(outputs / 16), inputs, 16) */
+    const float *bias;   /* (outputs), or NULL */
+    float *y;            /* (rows, outputs) */
+    size_t rows, inputs, outputs; /* inputs: at least 1 */
+};
+int float_product(const struct float_product *product, enum isa isa, int threads);
 
 /* xq = round(x (1 / s)), s = ||x|| factor, for each row (scale.c). Returns the number of rows that are not finite. */
 struct activations {

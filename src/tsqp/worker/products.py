@@ -123,9 +123,9 @@ def _outcomes(service: WorkerService, requests: Sequence[Waiting]) -> list[Resul
 
 
 def _alone(service: WorkerService, request: Waiting, group: str) -> Result:
-    """Compute one request's product; an exact one on the CPU is written where the client reads it."""
+    """Compute one request's product, on the CPU written where the client reads it, if it need not be converted."""
     operand_MK = service.operand(request.header, request.tensors)
-    if service.serves == "open" or service.device.type != "cpu":
+    if service.device.type != "cpu" or not service.sends_products(request.header):
         return _result(service.result(request.header, service.multiply(group, operand_MK)))
     shape = (len(operand_MK), service.groups[group].rows)
     slot, y_MN = _slot(request, shape, service.rows_dtype)

@@ -82,6 +82,9 @@ class WorkerService(Protocol):
             DeviceMemoryError: no room.
         """
 
+    def sends_products(self, header: AnyRequest) -> bool:
+        """Tell whether what ``multiply`` returns is, as it is, what the sender wants."""
+
     def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:
         """Return a request's part of a product as its sender wants it, on the CPU."""
 
@@ -134,9 +137,12 @@ class OpenService:
         return (int8_rows.decode(x) if x.dtype == torch.int8 else x).to(self.dtype)
 
     def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
-        """See ``WorkerService.multiply``. Nothing here stores a result where it is told to, so that is a copy."""
-        y_MN = self.linears.multiply(group, x_MK)
-        return y_MN if out_MN is None else out_MN.copy_(y_MN)
+        """See ``WorkerService.multiply``."""
+        return self.linears.multiply(group, x_MK, out_MN)
+
+    def sends_products(self, header: AnyRequest) -> bool:
+        """See ``WorkerService.sends_products``."""
+        return isinstance(header, messages.Linear) and codec.TORCH_DTYPES[header.x.dtype] == self.dtype
 
     def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:
         """See ``WorkerService.result``."""
@@ -182,6 +188,10 @@ class _CodesService:
         """See ``WorkerService.multiply``."""
         with memory_errors(f"exact linear {group}", self.device):
             return multiply(x_MK.to(self.device), self._codes_of(group), out_MN)
+
+    def sends_products(self, header: AnyRequest) -> bool:  # noqa: ARG002  of every service
+        """See ``WorkerService.sends_products``."""
+        return True
 
     def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:  # noqa: ARG002  of every service
         """See ``WorkerService.result``."""

@@ -11,6 +11,7 @@ import torch
 from tiny_models import TINY, load_linears, random_ids, reference_from, tiny_checkpoint
 from torch import Tensor
 
+from tsqp.arith import native
 from tsqp.errors import DeviceMemoryError, InputError, WeightsError
 from tsqp.model import linears as module
 from tsqp.model.architecture import linear_groups, read_config
@@ -100,7 +101,16 @@ def test_torch_computes_where_onednn_is_wrong(monkeypatch: pytest.MonkeyPatch) -
 # Linears -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["native", "without"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Load with the native kernels, and as where they are not built."""
+    kernels = native.Kernels(native.available()[-1]) if request.param == "native" else None
+    monkeypatch.setattr(native, "kernels", lambda: kernels)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("either")
 def test_groups_and_members_equal_the_checkpoint(checkpoint: Path, dtype: torch.dtype) -> None:
     linears = load_linears(checkpoint, dtype)
     parameters = {name: value.detach() for name, value in reference_from(checkpoint).named_parameters()}
@@ -116,6 +126,27 @@ def test_groups_and_members_equal_the_checkpoint(checkpoint: Path, dtype: torch.
             bound = product_bound(x, w_NK, b_N, dtype)
             assert ((part.double() - exact).abs() <= bound).all(), member
             assert ((linears.linear(group.name, x_MK, index).double() - exact).abs() <= bound).all(), member
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("either")
+def test_results_are_stored_where_they_are_wanted(checkpoint: Path, dtype: torch.dtype) -> None:
+    linears = load_linears(checkpoint, dtype)
+    for group in linear_groups(linears.config):
+        x_MK = randn(4, group.in_features)
+        memory = torch.full((6, group.rows), torch.nan, dtype=dtype)
+        assert linears.multiply(group.name, x_MK, memory[1:5]).data_ptr() == memory[1].data_ptr()
+        assert torch.equal(memory[1:5], linears.multiply(group.name, x_MK))
+        assert memory[[0, 5]].isnan().all()
+
+
+def test_weights_are_held_once(either: str, checkpoint: Path) -> None:
+    linears = load_linears(checkpoint)
+    there = either == "native" and native.Kernels(native.available()[-1]).multiplies_floats
+    laid_out = {group.name for group in linear_groups(linears.config) if group.name != "head"} if there else set()
+    assert linears._panels.keys() == laid_out
+    assert linears._panels.keys() | linears._weights.keys() == linears.groups.keys()
+    assert not linears._panels.keys() & linears._weights.keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

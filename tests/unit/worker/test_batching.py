@@ -205,6 +205,24 @@ def test_float_results_agree_whatever_dtypes_wait_together(floats: OpenService) 
         torch.testing.assert_close(client.tensor(i), alone.tensor(i))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [QKV, "head"])
+def test_float_results_are_written_where_the_client_reads_them(
+    floats: OpenService, dtype: torch.dtype, group: str
+) -> None:
+    """Unless they must be converted first."""
+    x_MK = torch.randn(5, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    client, without = Client(has_slots=True), Client()
+    serve(floats, [client.message(linear(1, group, x_MK))])
+    serve(floats, [without.message(linear(1, group, x_MK))])
+    assert torch.equal(client.tensor(1), without.tensor(1))
+    assert client.tensor(1).dtype == dtype
+    if dtype == torch.float32:
+        assert client.replies[1][1][0] in client.slots
+    else:
+        assert not client.slots
+
+
 def test_masks_of_several_seeds_are_one_product(groups: Any, codes: dict[str, Codes]) -> None:
     service, client = DealerService(groups, codes, CPU), Client()
     asked = [messages.MaskProduct(id=i, group=QKV, seed=bytes([i]) * 32, first=5 * i, count=i + 1) for i in range(3)]
