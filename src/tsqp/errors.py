@@ -46,6 +46,10 @@ class ModelMismatchError(SetupError):
     """A worker serves another model, or in another dtype, than this process expects."""
 
 
+class AbsentPeerError(SetupError):
+    """Nobody listens at an address of shared memory. Where somebody did before, it may be starting again."""
+
+
 class TransportError(TsqpError):
     """The link to a peer failed; trying again may succeed."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tsqp.arith import native
 from tsqp.config import EXACT_LEVELS, EnclaveConfig
 from tsqp.enclave.codes import CodesSource, DirectoryCodes, StreamedCodes, read_codes
-from tsqp.enclave.connect import Peer, Wrap, connect, meet
+from tsqp.enclave.connect import Peer, Wrap, connect, meet, meet_again
 from tsqp.enclave.dealers import check_dealers, dealer_peers, met_dealers
 from tsqp.enclave.mask_pool import MaskPool, check_pool_fits
 from tsqp.enclave.mask_refill import IdleRefill
@@ -257,7 +257,7 @@ def _checked(
         welcomes: list[Welcome] = []
 
         def open_session() -> Session:
-            session, welcome = meet(worker, config, expected, meter)
+            session, welcome = (meet_again if welcomes else meet)(worker, config, expected, meter)
             instances[welcome.instance] = "the worker"
             welcomes.append(welcome)
             return session

@@ -177,8 +177,8 @@ class Meddler:
         self._meddling = len(frames) > 1 and getattr(header, "group", "") == self._target
         self._link.send(frames)
 
-    def allocate(self, size: int) -> memoryview | None:
-        return self._link.allocate(size)
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
+        return self._link.allocate(size, kept=kept)
 
     def discard(self, slot: memoryview) -> None:
         self._link.discard(slot)

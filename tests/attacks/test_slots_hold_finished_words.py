@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from tsqp.config import EnclaveConfig
 from tsqp.levels import Model, runnable
-from tsqp.transport import named
+from tsqp.transport import named, region, shm
 from tsqp.transport.base import Buffer, ClientTransport, Delivery
+from tsqp.transport.link import PAGE
 from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec
@@ -89,8 +91,8 @@ class Journal:
         self.slots = 0
         self.peer = link.peer
 
-    def allocate(self, size: int) -> memoryview | None:
-        slot = self._link.allocate(size)
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
+        slot = self._link.allocate(size, kept=kept)
         self.slots += slot is not None
         return slot
 
@@ -147,12 +149,40 @@ def worker(material: Material, endpoint: Endpoint) -> Iterator[None]:
         server.close()
 
 
-@contextmanager
-def sampling(endpoint: Endpoint, directory: Path) -> Iterator[None]:
-    """Watch the first client's seat."""
+@dataclass(frozen=True)
+class Place:
+    """Where the memory that a client shares lies: a file, from where, how long, and in it the enclave's half."""
+
+    path: str
+    start: int
+    length: int
+    half_at: int
+    half: int
+
+
+def seat_of(endpoint: Endpoint) -> Place:
+    """Return the first client's seat in a named region."""
     shape = named.shape_for(LIMIT_BYTES)
-    numbers = map(str, (shape.seat_at(0), shape.seat_bytes, shape.data_at, shape.half))
-    words = [sys.executable, "-c", SAMPLER, endpoint.path, *numbers, str(directory)]
+    return Place(endpoint.path, shape.seat_at(0), shape.seat_bytes, shape.data_at, shape.half)
+
+
+@contextmanager
+def handed_over() -> Iterator[Place]:
+    """Let the next client through a socket hand over a region that a third process can open too."""
+    made, descriptor = region.make_region(LIMIT_BYTES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shm, "make_region", lambda _limit: (made, os.dup(descriptor)))
+        try:
+            yield Place(f"/proc/{os.getpid()}/fd/{descriptor}", 0, len(made), PAGE, LIMIT_BYTES)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def sampling(place: Place, directory: Path) -> Iterator[None]:
+    """Watch it."""
+    numbers = map(str, (place.start, place.length, place.half_at, place.half))
+    words = [sys.executable, "-c", SAMPLER, place.path, *numbers, str(directory)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdin
@@ -167,13 +197,15 @@ def watched(
     directory: Path,
     before: Callable[[ClientTransport, list[Buffer]], list[Buffer]] = unchanged,
     retries: int = 0,
+    over: str = "named",
 ) -> tuple[Sampled, list[bytes]]:
     """Run masked prefills under the sampler's eyes; return what it saw and what was sent.
 
-    Masked words are written straight into slots where nothing is sent again; with ``retries`` they must not be, since a
-    slot is written anew once the worker has replied.
+    Masked words are written straight into slots, but for those that may be sent again in a named region: once the link
+    is lost, its memory may be another client's.
     """
-    endpoint = parse(f"shm:///dev/shm/tsqp-test-{os.getpid()}-watched")
+    named_url = f"shm:///dev/shm/tsqp-test-{os.getpid()}-watched"
+    endpoint = parse(named_url if over == "named" else f"shm://{directory}/worker")
     model = Model(material.directory, material.packed.config, None, material.packed)
     config = EnclaveConfig(worker=endpoint.url, max_message_bytes=LIMIT_BYTES, mask_pool=0, retries=retries)
     journals: list[Journal] = []
@@ -187,7 +219,8 @@ def watched(
 
     with (
         worker(material, endpoint),
-        sampling(endpoint, directory),
+        nullcontext(seat_of(endpoint)) if over == "named" else handed_over() as place,
+        sampling(place, directory),
         runnable("masked", model, config, wrap=wrap) as loaded,
     ):
         assert loaded.predict_all is not None
@@ -195,7 +228,7 @@ def watched(
             loaded.predict_all(IDS)
             time.sleep(0.02)
     (journal,) = journals
-    assert (journal.slots > 0) == (retries == 0)
+    assert (journal.slots > 0) == (retries == 0 or over == "socket")
     return Sampled(directory), journal.sent
 
 
@@ -226,11 +259,12 @@ def common(sampled: Sampled, sent: Sequence[bytes]) -> int:
     return sum(line.tobytes() in known for line in sampled.half)
 
 
+@pytest.mark.parametrize("over", ["named", "socket"])
 @pytest.mark.parametrize("retries", [0, 1])
 def test_the_enclaves_half_holds_nothing_but_what_is_sent(
-    material: Material, plaintext: Plaintext, tmp_path: Path, retries: int
+    material: Material, plaintext: Plaintext, tmp_path: Path, retries: int, over: str
 ) -> None:
-    sampled, sent = watched(material, tmp_path, retries=retries)
+    sampled, sent = watched(material, tmp_path, retries=retries, over=over)
     assert plaintext.integers
     assert common(sampled, sent) > 100  # the sampler looks at the right place, and often
     assert strangers(sampled, sent) == 0

@@ -114,9 +114,9 @@ class RecordingTransport:
         if isinstance(header, messages.MaskProduct):
             self._dealt.append(Dealt(group, header.seed, header.first, header.count))
 
-    def allocate(self, size: int) -> memoryview | None:
-        """See ``ClientTransport.allocate``. What is written to a slot is kept when it is sent."""
-        return self._link.allocate(size)
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
+        """See ``ClientTransport.allocate``. What is written to a slot is recorded when it is sent."""
+        return self._link.allocate(size, kept=kept)
 
     def discard(self, slot: memoryview) -> None:
         """See ``ClientTransport.discard``."""

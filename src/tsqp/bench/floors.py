@@ -213,7 +213,7 @@ class Loopback:
         """See ``ClientTransport.peer``."""
         return self._link.peer
 
-    def allocate(self, size: int) -> memoryview | None:  # noqa: ARG002  there are no slots
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:  # noqa: ARG002  there are no slots
         """See ``ClientTransport.allocate``."""
         return None
 

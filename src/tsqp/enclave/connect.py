@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.remote_ops import OpenOps
 from tsqp.enclave.session import Expected, Role, Session, check_peer
+from tsqp.errors import AbsentPeerError, TransportClosedError
 from tsqp.meter import Meter
 from tsqp.model.architecture import LlamaConfig, linear_groups
 from tsqp.transport.base import ClientTransport
@@ -17,6 +19,8 @@ from tsqp.transport.urls import parse
 from tsqp.wire import codec
 from tsqp.wire.messages import Welcome
 
+# How long to wait before looking again for a peer that is gone.
+_PAUSE_S = 0.05
 # Lets a test or the audit see what leaves; given the transport and returning one that passes everything on.
 Wrap = Callable[[ClientTransport], ClientTransport]
 
@@ -69,6 +73,31 @@ def meet(peer: Peer, config: EnclaveConfig, expected: Expected, meter: Meter | N
         session.close()
         raise
     return session, welcome
+
+
+def meet_again(
+    peer: Peer, config: EnclaveConfig, expected: Expected, meter: Meter | None = None
+) -> tuple[Session, Welcome]:
+    """Connect to a peer whose link was lost: it may be starting again, and has ``connect_timeout_s`` to come back.
+
+    Over tcp libzmq waits for who is not there; a socket or region of shared memory is missing meanwhile.
+
+    Args and errors are those of ``meet``, but:
+
+    Raises:
+        TransportClosedError: nobody has listened there in this time.
+    """
+    deadline = time.monotonic() + config.connect_timeout_s
+    while True:
+        try:
+            return meet(peer, config, expected, meter)
+        except (AbsentPeerError, TransportClosedError) as error:
+            if time.monotonic() >= deadline:
+                raise TransportClosedError(
+                    f"the link to {peer.address} was lost, and nobody has answered there for "
+                    f"{config.connect_timeout_s:g} s since: {error}"
+                ) from error
+        time.sleep(_PAUSE_S)
 
 
 @contextmanager

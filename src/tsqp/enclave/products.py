@@ -15,7 +15,7 @@ from tsqp.enclave.freivalds import Checker, Expectation
 from tsqp.enclave.mask_pool import MaskPool
 from tsqp.enclave.masks import Mask
 from tsqp.enclave.session import Session
-from tsqp.errors import HostileError, IntegrityError, InternalError, TransportError
+from tsqp.errors import HostileError, IntegrityError, InternalError, TransportClosedError, TransportError
 from tsqp.meter import Meter
 from tsqp.model.architecture import LinearGroup
 from tsqp.model.overlap import Pending
@@ -32,11 +32,23 @@ class Answer(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """What is sent, and sent again where the link fails: then the frame is private memory, so the same bytes go out."""
+    """What is sent, and sent again where the link fails.
+
+    The frame may be a slot, kept by the session until the reply is taken. Nothing else of ours is written there until
+    then, and the region ends with its link: a retry finds the words that left at first, or what the worker has put in
+    their place. Either tells the worker nothing, as it could read every word where it lay. Other words than the first
+    fail the check, whose expectation comes from the integers, so that all such a worker gains is an ``IntegrityError``,
+    which a wrong product would get it too. Where memory may be somebody else's once the link has failed, as in a named
+    region, there are no such slots.
+    """
 
     group: str
     spec: TensorSpec
     frame: memoryview
+
+    def copied(self) -> _Request:
+        """Return the same with private memory: read once, so that all further attempts send the same."""
+        return self._replace(frame=memoryview(bytearray(self.frame)))
 
 
 class _Sent(NamedTuple):
@@ -101,23 +113,23 @@ class ExactWorker:
             return partial(self._collect, request, None, self._retries)
 
     def _room(self, spec: TensorSpec) -> tuple[Tensor, memoryview]:
-        """Return a tensor to write and its frame: in shared memory only where nothing is ever sent again.
-
-        A slot is given back to the link when the worker replies, and may be written anew before the reply is collected;
-        what may have to be sent again must stay what it was.
-        """
-        if not self._lost and not self._retries:
+        """Return a tensor to write and its frame: in shared memory where words to send again may lie there."""
+        if not self._lost:
             try:
-                return self.session.room(spec)
+                return self.session.room(spec, kept=self._retries > 0)
             except TransportError:
                 self._lose()
         x_MK = torch.empty(spec.shape, dtype=torch.int32)
         return x_MK, codec.frame_of(x_MK)
 
     def _collect(self, request: _Request, sent: _Sent | None, attempts: int) -> Answer:
+        if not self._retries and not self._is_on_its_way(sent):
+            # Its slot was not kept: who knows whose words lie there.
+            raise TransportClosedError(f"linear {request.group}: the link to {self.peer} was lost with the request.")
         for left in reversed(range(attempts)):
             try:
-                if sent is None or sent.session is not self.session or self._lost:
+                if sent is None or not self._is_on_its_way(sent):
+                    request = request.copied()
                     sent = self._send(request)
                 return self._received(request, sent)
             except TransportError:  # noqa: PERF203  one try for each attempt
@@ -125,6 +137,9 @@ class ExactWorker:
                 if not left:
                     raise
         raise InternalError(f"linear {request.group}: no attempt was made.")
+
+    def _is_on_its_way(self, sent: _Sent | None) -> bool:
+        return sent is not None and sent.session is self.session and not self._lost
 
     def _send(self, request: _Request) -> _Sent:
         """Send over the link, opened anew if it was lost. All that was in flight is lost with a link."""

@@ -72,12 +72,18 @@ class OpenOps:
     def _product(
         self, make: Callable[[int], AnyRequest], operands: tuple[Tensor, ...], expect: TensorSpec, operation: str
     ) -> Pending:
-        frames = [self._session.framed(x, self._dtype if x.is_floating_point() else x.dtype) for x in operands]
+        frames: list[memoryview] = []
+        try:
+            for x in operands:
+                dtype = self._dtype if x.is_floating_point() else x.dtype
+                frames.append(self._session.framed(x, dtype))  # one by one: an error gives back those before it
+        except BaseException:
+            self._session.discard(*frames)
+            raise
         request_id = self._session.submit(make, frames, operation)
 
         def collect() -> Tensor:
             reply, delivery = self._session.delivered(request_id, messages.Result)
-            frames.clear()  # they had to stay until now
             try:
                 y = codec.claim(reply, delivery.frames, expect, f"{operation} from {self._session.peer}").unverified()
                 return int8_rows.decode(y) if self._extra else y.to(torch.float32, copy=delivery.shared)

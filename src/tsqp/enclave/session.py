@@ -52,6 +52,8 @@ class Session:
         self._timeout_s = request_timeout_s
         self._next_id = 1
         self._waiting: dict[int, str] = {}
+        # What those requests sent: slots that are kept are given back when the reply is taken.
+        self._frames: dict[int, Sequence[Buffer]] = {}
         self._arrived: dict[int, tuple[AnyReply, Delivery]] = {}
         self._abandoned: set[int] = set()
         self.meter = meter or Meter()
@@ -61,15 +63,20 @@ class Session:
         """The worker's address, for messages."""
         return self._transport.peer
 
-    def room(self, spec: TensorSpec) -> tuple[Tensor, memoryview]:
+    def room(self, spec: TensorSpec, *, kept: bool = False) -> tuple[Tensor, memoryview]:
         """Return a tensor to write, once, and the frame to submit for it.
 
         It lies in memory shared with the worker where there is such memory and room in it: the worker sees at once what
         is written, and only finished words may be. A frame that is not submitted is to be discarded.
+
+        Args:
+            spec: of the tensor.
+            kept: the frame may be read until the reply is taken, also after the link has failed; the worker may write
+                to it.
         """
         dtype = codec.TORCH_DTYPES[spec.dtype]
         size = math.prod(spec.shape) * dtype.itemsize
-        slot = self._transport.allocate(size) if size else None
+        slot = self._transport.allocate(size, kept=kept) if size else None
         if slot is not None:
             return codec.tensor_of(spec, slot), slot
         x = torch.empty(spec.shape, dtype=dtype)
@@ -83,19 +90,26 @@ class Session:
         slot = self._transport.allocate(x.numel() * dtype.itemsize) if x.numel() else None
         if slot is None:
             return codec.frame_of(x.to(dtype))
-        codec.tensor_of(TensorSpec(codec.dtype_name(dtype), tuple(x.shape)), slot).copy_(x)
+        try:
+            codec.tensor_of(TensorSpec(codec.dtype_name(dtype), tuple(x.shape)), slot).copy_(x)
+        except BaseException:
+            self._transport.discard(slot)
+            raise
         return slot
 
-    def discard(self, frame: memoryview) -> None:
-        """Give back a frame of ``room`` that is not submitted."""
-        self._transport.discard(frame)
+    def discard(self, *frames: Buffer) -> None:
+        """Give back frames of ``room`` and ``framed`` that are not submitted."""
+        for frame in frames:
+            if isinstance(frame, memoryview):
+                self._transport.discard(frame)
 
     def submit(self, make: Callable[[int], AnyRequest], frames: Sequence[Buffer] = (), operation: str = "") -> int:
         """Send a request without waiting.
 
         Args:
             make: builds the header from the request id.
-            frames: tensor frames; they must not change until the reply has come.
+            frames: tensor frames; they must not change until the reply has come. Where this raises, slots among them
+                are given back.
             operation: the request's name in messages.
 
         Returns:
@@ -104,6 +118,15 @@ class Session:
         Raises:
             InputError: too many requests are in flight, or this one is too large for the transport.
         """
+        try:
+            request_id = self._sent(make, frames, operation)
+        except BaseException:
+            self.discard(*frames)
+            raise
+        self._frames[request_id] = frames
+        return request_id
+
+    def _sent(self, make: Callable[[int], AnyRequest], frames: Sequence[Buffer], operation: str) -> int:
         if len(self._waiting) >= MAX_IN_FLIGHT:
             raise InputError(
                 f"{MAX_IN_FLIGHT} requests to {self.peer} are in flight already; collect their results first."
@@ -165,6 +188,7 @@ class Session:
                 self.meter.recorder.span("waiting", started)
         reply, delivery = self._arrived.pop(request_id)
         operation = self._waiting.pop(request_id)
+        self.discard(*self._frames.pop(request_id))
         if not isinstance(reply, kind):
             delivery.release()
         if isinstance(reply, Failure):
@@ -209,6 +233,9 @@ class Session:
         """Forget every request in flight: their replies are dropped when they come."""
         self._abandoned |= self._waiting.keys() - self._arrived.keys()
         self._waiting.clear()
+        for frames in self._frames.values():
+            self.discard(*frames)
+        self._frames.clear()
         for _, delivery in self._arrived.values():
             delivery.release()
         self._arrived.clear()

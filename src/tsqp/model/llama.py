@@ -73,8 +73,10 @@ class Llama:
             float32 logits, shape (B, V), or (B, T, V) with ``all_logits``.
 
         Raises:
-            InputError: an empty prompt, or one longer than the model's context.
+            InputError: no prompt, an empty one, or one longer than the model's context.
         """
+        if not len(ids_BT):
+            raise InputError("the batch has no prompts; it takes at least 1.")
         check_prompt_length(ids_BT.shape[1], self.config)
         cut = micro_batches(ids_BT.shape[0], ids_BT.shape[1], parts)
         logits = in_turns([self._run(chunk) for chunk in self._chunks(ids_BT, cut, all_logits)], self._ops.abandon)

@@ -45,10 +45,10 @@ def micro_batches(batch: int, tokens: int, count: int) -> list[MicroBatch]:
         count: how many parts at most.
 
     Returns:
-        Chunk by chunk, every sequence's first before any one's second.
+        Chunk by chunk, every sequence's first before any one's second; none where there is nothing to cut.
     """
     groups = _cuts(batch, min(batch, count))
-    chunks = _cuts(tokens, min(tokens, max(1, count // len(groups))))
+    chunks = _cuts(tokens, min(tokens, max(1, count // max(1, len(groups)))))
     return [MicroBatch(slice(*group), *chunk) for chunk in chunks for group in groups]
 
 

@@ -70,15 +70,21 @@ class ClientTransport(Protocol):
     def peer(self) -> str:
         """The worker's address, for messages."""
 
-    def allocate(self, size: int) -> memoryview | None:
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
         """Return a writable slot of ``size`` bytes, or None: no shared memory, no room at the moment, or a short frame.
 
         The peer sees what is written there at once, so only words that may leave are written. A slot ends with ``send``
         of this very memoryview, and must not be touched from then on, or with ``discard``.
+
+        Args:
+            size: in bytes.
+            kept: the slot ends with ``discard`` alone: until then nothing else is written there by this side, and it
+                may be read, also after the link has failed and was closed. The peer can still write there. None where
+                that cannot be promised.
         """
 
     def discard(self, slot: memoryview) -> None:
-        """Give back a slot that is not sent. Anything else, such as a slot already sent, is let be."""
+        """Give back a slot that is not sent, or was kept. Anything else, such as one already sent, is let be."""
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Queue one message. Buffers must not change until the reply has come."""

@@ -71,17 +71,21 @@ class Doorbell(Protocol):
 
 @dataclass(slots=True)
 class _Part:
-    """A frame of a message that is not sent yet.
+    """A frame of a message, until its room is free again.
 
     Attributes:
         frame: its bytes.
         room: what it takes of the half; 0 for one that travels in the datagram.
         offset: where in the half it lies; None before it is there.
+        kept: its sender still holds it, a slot: it is not moved, nor free when the peer has consumed it.
+        consumed: the peer has, or it will not be sent; free once it is not kept.
     """
 
     frame: Buffer
     room: int
     offset: int | None = None
+    kept: bool = False
+    consumed: bool = False
 
 
 @dataclass(slots=True)
@@ -122,6 +126,8 @@ class Link:
         self._spans = Spans(self.half)
         # Slots that are handed out, by the identity of their memoryview, which is kept so that it stays unique.
         self._slots: dict[int, _Part] = {}
+        # Those that are sent and still kept, likewise.
+        self._kept: dict[int, _Part] = {}
         self._unsent: deque[_Outgoing] = deque()
         # What the messages take that the peer has not consumed, oldest first, and the number of the first of them.
         self._flying: deque[list[_Part]] = deque()
@@ -134,8 +140,13 @@ class Link:
         """Whether messages wait for room."""
         return bool(self._unsent)
 
-    def allocate(self, size: int) -> memoryview | None:
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
         """Return a writable slot; None where there is no room at the moment, or it is too short to be worth it.
+
+        Args:
+            size: in bytes.
+            kept: its room is not free again before ``discard``, even if it is sent and consumed. A message that waits
+                for this room waits for ``discard``: whoever keeps several gives them back in the order of sending.
 
         Raises:
             ProtocolError: the peer's counter is wrong.
@@ -148,14 +159,20 @@ class Link:
         except FullError:
             return None
         slot = self._memory[self._out + offset : self._out + offset + size]
-        self._slots[id(slot)] = _Part(slot, size, offset)
+        self._slots[id(slot)] = _Part(slot, size, offset, kept)
         return slot
 
     def discard(self, slot: memoryview) -> None:
-        """Free a slot that is not sent; anything else is let be."""
+        """Free a slot that is not sent, or give up one that was kept; anything else is let be."""
         part = self._slots.pop(id(slot), None)
         if part:
-            self._free([part])
+            part.consumed = True
+        else:
+            part = self._kept.pop(id(slot), None)
+        if part:
+            part.kept = False
+            if part.consumed:
+                self._free((part,))
 
     def send(self, frames: Sequence[Buffer], *, consumes: int | None = None) -> None:
         """Send, or keep for ``flush``.
@@ -165,7 +182,7 @@ class Link:
             consumes: number of a message received that is no longer needed once this is sent.
 
         Raises:
-            InputError: the message can never fit. Its slots are free.
+            InputError: the message can never fit. Its slots are free, but for those that are kept.
             ProtocolError, OSError, EOFError: as ``flush``.
         """
         if not self._slots and len(frames) < _FEW and sum(map(len, frames)) <= _INLINE_BYTES:
@@ -184,7 +201,10 @@ class Link:
         inline = _INLINE_BYTES
         for frame in frames:
             part = self._slots.pop(id(frame), None)
-            if part is None:
+            if part is not None:
+                if part.kept:
+                    self._kept[id(frame)] = part
+            else:
                 size = len(frame)
                 part = _Part(frame, size if size > inline else 0)
                 inline -= 0 if part.room else size
@@ -216,7 +236,8 @@ class Link:
             self._unsent.popleft()
             long = [part for part in message.parts if part.room]
             for part in long:
-                part.frame = b""  # it is no longer needed here
+                if not part.kept:  # else it keeps its identity
+                    part.frame = b""  # it is no longer needed here
             self._flying.append(long)
             if message.consumes is not None:
                 self.release(message.consumes)
@@ -234,7 +255,9 @@ class Link:
 
     def _free(self, parts: Iterable[_Part]) -> None:
         for part in parts:
-            if part.offset is not None:
+            if part.kept:
+                part.consumed = True
+            elif part.offset is not None:
                 self._spans.free(part.offset, part.room)
                 part.offset = None
 
@@ -251,7 +274,7 @@ class Link:
             if self._flying:
                 raise
             self._evacuate()
-            copied = [part for part in message.parts if part.room]
+            copied = [part for part in message.parts if part.room and part.offset is None]
             self._place(copied)
         for part in copied:
             start = self._out + (part.offset or 0)
@@ -273,11 +296,14 @@ class Link:
             raise
 
     def _evacuate(self) -> None:
-        """Make slots of unsent messages ordinary frames: nothing that the peer gives back would make room for them."""
+        """Make slots of unsent messages ordinary frames: nothing that the peer gives back would make room for them.
+
+        Slots that are kept stay where they are: their words may be asked for again.
+        """
         for part in itertools.chain.from_iterable(message.parts for message in self._unsent):
-            if part.offset is not None:
+            if part.offset is not None and not part.kept:
                 part.frame = bytes(part.frame)
-                self._free([part])
+                self._free((part,))
 
     def receive(self) -> tuple[int, Delivery]:
         """Take the oldest message that is there; return its number and it. The number is for ``release``.
@@ -288,13 +314,17 @@ class Link:
             ConnectionRefusedError: the worker refused the region.
             ProtocolError: it is malformed.
         """
-        try:
-            # A tensor may be made of writable memory without another copy.
-            frames, shared = self._frames(memoryview(bytearray(self.bell.receive())))
-        except struct.error as error:
-            raise ProtocolError("a datagram beside the shared region is cut short.") from error
+        # A tensor may be made of writable memory without another copy.
+        datagram = memoryview(bytearray(self.bell.receive()))
         number = self._received
         self._received += 1
+        try:
+            frames, shared = self._frames(datagram)
+        except (struct.error, ProtocolError) as error:
+            self.release(number)  # it came, and what is counted must stay what the peer counts
+            if isinstance(error, ProtocolError):
+                raise
+            raise ProtocolError("a datagram beside the shared region is cut short.") from error
         # What is decoded must not change while it is.
         header = [bytes(frame) for frame in frames[:1]]
         return number, Delivery((*header, *frames[1:]), shared=shared, release=partial(self.release, number))

@@ -18,6 +18,7 @@ from pathlib import Path
 CRASH_NOTICED_S = 2.0
 SILENCE_S = 10.0
 _BEAT_S = 0.25
+_WORD = (1 << 64) - 1
 _LOOK_S = CRASH_NOTICED_S / 4
 # Places after the parentheses of /proc/PID/stat: the state, and the start in ticks since boot (proc_pid_stat(5)).
 _STATE, _START = 0, 19
@@ -98,17 +99,24 @@ class Watch:
 
 
 class Pulse:
-    """Calls a function several times within ``CRASH_NOTICED_S``, from a thread of its own, until it is stopped."""
+    """Calls a function several times within ``CRASH_NOTICED_S``, from a thread of its own, until it is stopped.
 
-    def __init__(self, beat: Callable[[], None]) -> None:
+    Args:
+        beat: given a number that grows from call to call, as a 64-bit word. It is counted here: a word that a peer can
+            write to is stored, never counted on.
+    """
+
+    def __init__(self, beat: Callable[[int], None]) -> None:
         self._beat = beat
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tsqp-heartbeat", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
+        number = 0
         while not self._stopping.wait(_BEAT_S):
-            self._beat()
+            number = (number + 1) & _WORD
+            self._beat(number)
 
     def stop(self) -> None:
         """End the thread. May be called twice."""

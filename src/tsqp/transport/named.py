@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tsqp.errors import SetupError
+from tsqp.errors import AbsentPeerError, SetupError
 from tsqp.transport.link import PAGE
 from tsqp.transport.liveness import Identity, own_identity
 from tsqp.transport.rings import RING_BYTES, Ring
@@ -175,7 +175,8 @@ class OpenedRegion:
         max_message_bytes: a region with larger halves is refused.
 
     Raises:
-        SetupError: there is none, it is of another user or open to others, or it is none of this version.
+        AbsentPeerError: there is none, or its worker has ended or is still making it.
+        SetupError: it is of another user or open to others, or it is none of this version.
     """
 
     def __init__(self, endpoint: Endpoint, max_message_bytes: int) -> None:
@@ -194,13 +195,14 @@ class OpenedRegion:
         size = os.fstat(self._descriptor).st_size
         sound = 0 < self.shape.seats <= _MAX_SEATS and self.shape.half > 0 and self.shape.half % PAGE == 0
         if not known or not sound or size != self.shape.total:
-            raise SetupError(
+            kind = SetupError if self.words[_MAGIC_WORD] else AbsentPeerError
+            raise kind(
                 f"cannot connect to {endpoint}: the file there is no region that this version knows. Is the worker "
                 "still starting, or of another version?"
             )
         worker = read_identity(self.words, IDENTITY)
         if self.generation == 0 or (worker.is_visible and not worker.is_alive):
-            raise SetupError(f"cannot connect to {endpoint}: the worker there has ended. Start it again.")
+            raise AbsentPeerError(f"cannot connect to {endpoint}: the worker there has ended. Start it again.")
         largest = shape_for(max_message_bytes).half
         if self.shape.half > largest:
             raise SetupError(
@@ -242,12 +244,13 @@ def _opened(endpoint: Endpoint, failing: str) -> int:
     """Open a region's file; return its descriptor.
 
     Raises:
-        SetupError: there is none, or it is not a private file of this user's.
+        AbsentPeerError: there is none, or an empty one, which a worker fills a moment later.
+        SetupError: it is not a private file of this user's.
     """
     try:
         descriptor = os.open(endpoint.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise SetupError(
+        raise AbsentPeerError(
             f"{failing}: {error.strerror}. Is the worker running? Start one with 'tsqp worker --listen {endpoint}'."
         ) from error
     except OSError as error:
@@ -263,7 +266,7 @@ def _opened(endpoint: Endpoint, failing: str) -> int:
         why = f"the file there has mode {mode:04o}, expected 0600, for its owner alone"
     if why:
         os.close(descriptor)
-        raise SetupError(f"{failing}: {why}.")
+        raise (SetupError if status.st_size else AbsentPeerError)(f"{failing}: {why}.")
     return descriptor
 
 

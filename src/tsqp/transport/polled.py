@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Container
 
-from tsqp.errors import SetupError
+from tsqp.errors import AbsentPeerError, SetupError
 from tsqp.threads import available_cores
 from tsqp.transport.base import Incoming
 from tsqp.transport.guests import Guest, Guests
@@ -54,7 +54,8 @@ def connect_named(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
         max_message_bytes: the longest message that either side may send.
 
     Raises:
-        SetupError: there is no such region, or no seat is free.
+        AbsentPeerError: there is no such region, or nobody who gives a seat.
+        SetupError: all seats are taken, or the region is refused.
     """
     region = OpenedRegion(endpoint, max_message_bytes)
     try:
@@ -64,7 +65,9 @@ def connect_named(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
     occupant = _Occupant(region, seat, ticket)
     requests, replies = seat.rings()
     bell = RingBell(requests, replies, occupant.check_worker, occupant.leave)
-    return ShmClient(str(endpoint), Link(bell, seat.memory, data_at=region.shape.data_at, client=True))
+    link = Link(bell, seat.memory, data_at=region.shape.data_at, client=True)
+    # Once the seat is lost, another client's words lie there.
+    return ShmClient(str(endpoint), link, own_region=False)
 
 
 def _seated(region: OpenedRegion, endpoint: Endpoint) -> tuple[Seat, int]:
@@ -82,7 +85,7 @@ def _seated(region: OpenedRegion, endpoint: Endpoint) -> tuple[Seat, int]:
             f"cannot connect to {endpoint}: all {len(fronts)} seats of the region are taken. End another client, or "
             "start another worker."
         )
-    raise SetupError(
+    raise AbsentPeerError(
         f"cannot connect to {endpoint}: the worker there gave no seat within {_CONNECT_S:g} s. If it has died, "
         "start it again; it replaces the region."
     )
@@ -116,9 +119,9 @@ class _Occupant:
         self._watch = Watch(read_identity(self._words, IDENTITY), lambda: int(self._words[BEAT]))
         self._pulse = Pulse(self._beat)
 
-    def _beat(self) -> None:
+    def _beat(self, number: int) -> None:
         if self._seat.words[GRANT] == self._ticket:
-            self._seat.words[SEAT_BEAT] += 1
+            self._seat.words[SEAT_BEAT] = number
 
     def check_worker(self) -> None:
         if (
@@ -160,8 +163,8 @@ class PolledListener:
         self._heard = time.monotonic()
         self._pulse = Pulse(self._beat)
 
-    def _beat(self) -> None:
-        self._region.words[BEAT] += 1
+    def _beat(self, number: int) -> None:
+        self._region.words[BEAT] = number
         self._grant()
 
     def _grant(self) -> None:

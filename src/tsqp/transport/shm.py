@@ -18,7 +18,14 @@ from pathlib import Path
 
 from zmq import POLLIN, Poller
 
-from tsqp.errors import ProtocolError, SetupError, TransportClosedError, TransportTimeoutError, TsqpError
+from tsqp.errors import (
+    AbsentPeerError,
+    ProtocolError,
+    SetupError,
+    TransportClosedError,
+    TransportTimeoutError,
+    TsqpError,
+)
 from tsqp.threads import available_cores
 from tsqp.transport.base import Buffer, Delivery, Incoming
 from tsqp.transport.guests import PATIENCE_S, RETRY_S, Guest, Guests
@@ -40,21 +47,25 @@ class ShmClient:
     Args:
         peer: the worker's address, for messages.
         link: to it.
+        own_region: the region is this link's alone, also after its end, so that slots may be kept.
     """
 
-    def __init__(self, peer: str, link: Link) -> None:
+    def __init__(self, peer: str, link: Link, *, own_region: bool) -> None:
         self.peer = peer
         self._link = link
+        self._own_region = own_region
 
-    def allocate(self, size: int) -> memoryview | None:
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
         """Return a slot in this side's half; see ``ClientTransport.allocate``."""
+        if kept and not self._own_region:
+            return None
         try:
-            return self._link.allocate(size)
+            return self._link.allocate(size, kept=kept)
         except _LINK_ERRORS as error:
             raise self._named(error) from error
 
     def discard(self, slot: memoryview) -> None:
-        """Give back a slot that is not sent."""
+        """Give back a slot that is not sent, or that was kept."""
         self._link.discard(slot)
 
     def send(self, frames: Sequence[Buffer]) -> None:
@@ -107,7 +118,8 @@ def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
         max_message_bytes: of one direction's half of the region. Pages cost memory only once they are used.
 
     Raises:
-        SetupError: nothing listens there, or this machine has no room for the region.
+        AbsentPeerError: nothing listens there.
+        SetupError: it cannot be connected to, or this machine has no room for the region.
     """
     try:
         region, descriptor = make_region(max_message_bytes)
@@ -120,13 +132,14 @@ def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
         hand_over(connection, descriptor)
     except OSError as error:
         connection.close()
-        raise SetupError(
+        kind = AbsentPeerError if isinstance(error, (FileNotFoundError, ConnectionError)) else SetupError
+        raise kind(
             f"cannot connect to {endpoint}: {error.strerror or error}. Is the worker running? "
             f"Start one with 'tsqp worker --listen {endpoint}'."
         ) from error
     finally:
         os.close(descriptor)
-    return ShmClient(str(endpoint), Link(SocketBell(connection), region, client=True))
+    return ShmClient(str(endpoint), Link(SocketBell(connection), region, client=True), own_region=True)
 
 
 class ShmListener:

@@ -79,7 +79,7 @@ class ZmqClient:
         """Queue one message without copying large frames."""
         self._socket.send_multipart(frames, copy=False)
 
-    def allocate(self, size: int) -> memoryview | None:  # noqa: ARG002
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:  # noqa: ARG002
         """Return None: nothing is shared here."""
         return None
 

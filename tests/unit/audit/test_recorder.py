@@ -25,12 +25,14 @@ class Link:
     def __init__(self) -> None:
         self.sent: list[list[Buffer]] = []
         self.discarded: list[memoryview] = []
+        self.kept: list[bool] = []
         self.closed = False
 
     def send(self, frames: Sequence[Buffer]) -> None:
         self.sent.append(list(frames))
 
-    def allocate(self, size: int) -> memoryview | None:
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
+        self.kept.append(kept)
         return memoryview(bytearray(size))
 
     def discard(self, slot: memoryview) -> None:
@@ -66,7 +68,7 @@ def test_it_passes_everything_on() -> None:
 def test_slots_are_the_links_own_and_are_recorded_as_they_are_sent() -> None:
     inner, recorder = Link(), Recorder()
     link = recorder.wrap("worker")(inner)
-    x_MK, spare = torch.tensor([[5, -7]], dtype=torch.int32), link.allocate(8)
+    x_MK, spare = torch.tensor([[5, -7]], dtype=torch.int32), link.allocate(8, kept=True)
     slot = link.allocate(8)
     assert slot is not None
     assert spare is not None
@@ -76,6 +78,7 @@ def test_slots_are_the_links_own_and_are_recorded_as_they_are_sent() -> None:
     link.discard(spare)
     assert inner.sent[0][1] is slot
     assert inner.discarded == [spare]
+    assert inner.kept == [True, False]
     slot[:] = b"reused.."
     assert torch.equal(recorder.recording("worker").first("head"), x_MK)
 

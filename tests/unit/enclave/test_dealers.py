@@ -15,15 +15,16 @@ from tsqp.enclave.dealers import check_dealers, dealer_peers
 from tsqp.errors import ConfigError, ModelMismatchError
 from tsqp.levels import open_model, runnable
 
-# Seeds travel in clear between processes of one test.
-pytestmark = pytest.mark.filterwarnings("ignore:dealer .* has no key")
-
 KEYS = [zmq.curve_keypair()[0] for _ in range(3)]
 WORKER = Peer(address="gpu.example:50051", key=KEYS[0])
 
 
 def refuse(_notice: str) -> None:
     pytest.fail("nothing should be let pass with a notice")
+
+
+def ignored(_notice: str) -> None:
+    """Take notices that are not what a test is about: of links in clear, and of slower twins (TSQP_NATIVE=off)."""
 
 
 def test_distinct_dealers_with_keys_pass_silently() -> None:
@@ -97,7 +98,7 @@ def test_two_addresses_of_one_dealer_process_are_refused(tiny_llama: Path, tmp_p
     ):
         config = EnclaveConfig(worker=worker, dealers=(dealer, second))
         refusal = pytest.raises(ConfigError, match=f"dealer {second} has the same process as dealer {dealer}")
-        with refusal, runnable("masked", model, config):
+        with refusal, runnable("masked", model, config, on_notice=ignored):
             pass
 
 
@@ -107,10 +108,10 @@ def test_a_worker_is_no_dealer_and_a_dealer_no_worker(tiny_llama: Path, tmp_path
     with running_worker(packed, "ipc") as first, running_worker(packed, "ipc") as second:
         config = EnclaveConfig(worker=first, dealers=(second,))
         refusal = pytest.raises(ModelMismatchError, match="needs mask products: start it with 'tsqp dealer'")
-        with refusal, runnable("masked", model, config):
+        with refusal, runnable("masked", model, config, on_notice=ignored):
             pass
     refusal = pytest.raises(ModelMismatchError, match="serves mask products; this side needs int8 codes")
     with running_worker(packed, "ipc", command="dealer") as dealer:
         config = EnclaveConfig(worker=dealer)
-        with refusal, runnable("verified", model, config):
+        with refusal, runnable("verified", model, config, on_notice=ignored):
             pass

@@ -177,3 +177,21 @@ def test_a_hostile_state_is_refused(change: Callable[[dict[str, Tensor]], object
     ops, _ = ops_with(state_answer(state))
     with pytest.raises(ProtocolError, match=r"gpu\.example:50051: not the norm weights of this model"):
         ops.state()
+
+
+def test_an_operand_that_cannot_be_sent_gives_back_the_room_of_those_before_it() -> None:
+    ops, worker = ops_with(answering(torch.ones(2, 2)))
+    given: list[memoryview] = []
+
+    def allocate(size: int, *, kept: bool = False) -> memoryview:
+        assert not kept
+        given.append(memoryview(bytearray(size)))
+        return given[-1]
+
+    discarded: list[memoryview] = []
+    worker.allocate, worker.discard = allocate, discarded.append  # type: ignore[method-assign, assignment]
+    with pytest.raises(NotImplementedError):
+        ops.matmul(torch.ones(2, 3), torch.ones(3, 2, device="meta"))
+    assert {id(slot) for slot in discarded} == {id(slot) for slot in given}
+    assert len(given) == 2
+    assert not worker.asked

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_link import PlainLink
@@ -353,3 +354,107 @@ def other_group(change: Callable[[GroupSpec], GroupSpec]) -> tuple[GroupSpec, ..
 def test_another_model_or_dtype_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelMismatchError, match=message):
         check_peer(welcome(**changes), EXPECTED, "gpu.example:50051")
+
+
+class SlotTransport(FakeTransport):
+    """A link with slots; ``held`` are those that are neither sent nor given back, or still kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, memoryview] = {}
+        self.kept: set[int] = set()
+
+    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
+        slot = memoryview(bytearray(size))
+        self.held[id(slot)] = slot
+        if kept:
+            self.kept.add(id(slot))
+        return slot
+
+    def discard(self, slot: memoryview) -> None:
+        self.held.pop(id(slot), None)
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        if self.gone:
+            raise TransportClosedError(f"the worker at {self.peer} closed the connection or died.")
+        super().send(frames)
+        for frame in frames:
+            if id(frame) not in self.kept:
+                self.held.pop(id(frame), None)
+
+
+@pytest.fixture
+def slots() -> SlotTransport:
+    return SlotTransport()
+
+
+def failing(request_id: int) -> AnyRequest:
+    raise ValueError(request_id)
+
+
+def unencodable(request_id: int) -> AnyRequest:
+    return messages.Linear(id=request_id, group=object(), x=SPEC)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("make", [failing, unencodable])
+def test_a_request_that_cannot_be_made_gives_its_slots_back(
+    slots: SlotTransport,
+    make: Callable[[int], AnyRequest],
+    kept: bool,  # noqa: FBT001
+) -> None:
+    session = Session(slots, 30.0)
+    _, frame = session.room(SPEC, kept=kept)
+    with pytest.raises((ValueError, TypeError)):
+        session.submit(make, [frame])
+    assert not slots.held
+
+
+def test_a_request_too_many_gives_its_slots_back(slots: SlotTransport) -> None:
+    session = Session(slots, 30.0)
+    for _ in range(MAX_IN_FLIGHT):
+        session.submit(linear)
+    frame = session.framed(torch.ones(2), torch.float32)
+    with pytest.raises(InputError, match="in flight already"):
+        session.submit(linear, [FRAME, frame])
+    assert not slots.held
+
+
+def test_a_request_that_does_not_leave_gives_its_slots_back(slots: SlotTransport) -> None:
+    session = Session(slots, 30.0)
+    _, frame = session.room(SPEC, kept=True)
+    slots.gone = True
+    with pytest.raises(TransportClosedError):
+        session.submit(linear, [frame])
+    assert not slots.held
+
+
+def test_a_tensor_that_cannot_be_copied_gives_its_slot_back(slots: SlotTransport) -> None:
+    session = Session(slots, 30.0)
+    with pytest.raises(NotImplementedError):
+        session.framed(torch.ones(2, device="meta"), torch.float32)
+    assert not slots.held
+
+
+def test_a_slot_is_kept_until_the_reply_is_taken(slots: SlotTransport) -> None:
+    session = Session(slots, 30.0)
+    frames = [session.room(SPEC, kept=True)[1] for _ in range(2)]
+    first, second = (session.submit(linear, [frame]) for frame in frames)
+    slots.say(result(second), FRAME)
+    slots.say(result(first), FRAME)
+    session.result(first, messages.Result)
+    assert list(slots.held.values()) == [frames[1]]
+    session.result(second, messages.Result)
+    assert not slots.held
+
+
+def test_a_slot_is_given_up_with_a_failure_or_an_abandoned_request(slots: SlotTransport) -> None:
+    session = Session(slots, 30.0)
+    frames = [session.room(SPEC, kept=True)[1] for _ in range(3)]
+    ids = [session.submit(linear, [frame]) for frame in frames]
+    slots.say(messages.Failure(id=ids[0], code="input", message="no"))
+    with pytest.raises(InputError):
+        session.result(ids[0], messages.Result)
+    assert len(slots.held) == 2
+    session.abandon()
+    assert not slots.held

@@ -144,6 +144,13 @@ def test_prompt_must_fit_the_context(tmp_path: Path, tokens: int) -> None:
         model.prefill(random_ids(1, tokens))
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_batch_has_a_prompt(tmp_path: Path, parts: int) -> None:
+    model = load_llama(tiny_checkpoint(tmp_path))
+    with pytest.raises(InputError, match="the batch has no prompts; it takes at least 1"):
+        model.prefill(torch.zeros(0, 5, dtype=torch.int64), parts=parts)
+
+
 @pytest.mark.parametrize("token", [-1, TINY["vocab_size"]])
 def test_token_outside_the_vocabulary(tmp_path: Path, token: int) -> None:
     with pytest.raises(InputError, match="vocabulary"):

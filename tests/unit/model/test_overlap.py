@@ -41,6 +41,12 @@ def test_sequences_are_cut_first() -> None:
     assert micro_batches(2, 10, 4)[:2] == first
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (5, 0), (0, 0)])
+def test_of_nothing_there_are_no_parts(batch: int, tokens: int) -> None:
+    """Who runs them says what is wrong."""
+    assert micro_batches(batch, tokens, 3) == []
+
+
 class Log:
     """Parts that note what is asked for and collected."""
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from tsqp.errors import ConfigError, ProtocolError, SetupError, TransportClosedError
+from tsqp.errors import AbsentPeerError, ConfigError, ProtocolError, SetupError, TransportClosedError
 from tsqp.transport import liveness, named, polled
 from tsqp.transport.base import Incoming
 from tsqp.transport.client import open_client
 from tsqp.transport.link import PAGE
-from tsqp.transport.liveness import CRASH_NOTICED_S, Identity, Watch, own_identity
+from tsqp.transport.liveness import CRASH_NOTICED_S, Identity, Pulse, Watch, own_identity
 from tsqp.transport.server import Server
 from tsqp.transport.shm import ShmClient
 from tsqp.transport.urls import Endpoint, parse
@@ -104,6 +104,43 @@ def test_slots_go_both_ways(server: Server, connect: Connect) -> None:
     delivery = client.receive(PATIENCE_S)
     assert bytes(delivery.frames[1]) == b"a" * 30_000
     delivery.release()
+
+
+def test_no_slot_is_kept(server: Server, connect: Connect) -> None:
+    """Once the seat is lost another client writes there."""
+    client = connect()
+    assert client.allocate(20_000, kept=True) is None
+    exchange(client, server)
+
+
+@pytest.mark.parametrize("word", [(1 << 64) - 1, 0])
+def test_a_heartbeat_goes_on_whatever_the_peer_writes_there(server: Server, connect: Connect, word: int) -> None:
+    client = connect()
+    exchange(client, server)
+    region = region_of(server)
+    seen: list[list[int]] = []
+    for _ in range(3):
+        words = [(region.words, named.BEAT), (region.seats[0].words, named.SEAT_BEAT)]
+        for memory, at in words:
+            memory[at] = word
+        deadline = time.monotonic() + PATIENCE_S
+        while any(memory[at] == word for memory, at in words):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        seen.append([memory[at] for memory, at in words])
+    assert seen == sorted(seen)
+    exchange(client, server)
+
+
+def test_a_heartbeat_stays_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "_BEAT_S", 0.001)
+    monkeypatch.setattr(liveness, "_WORD", 3)
+    beats: list[int] = []
+    pulse = Pulse(beats.append)
+    while len(beats) < 5:
+        time.sleep(0.001)
+    pulse.stop()
+    assert beats[:5] == [1, 2, 3, 0, 1]
 
 
 def test_a_seat_is_free_again_when_its_client_leaves(
@@ -199,7 +236,7 @@ def test_a_worker_that_crashes_is_noticed(endpoint: Endpoint, connect: Connect) 
         assert time.monotonic() - started < CRASH_NOTICED_S
         with pytest.raises(TransportClosedError):
             client.send([b"again"])
-        with pytest.raises(SetupError, match=r"the worker there has ended\. Start it again"):
+        with pytest.raises(AbsentPeerError, match=r"the worker there has ended\. Start it again"):
             open_client(endpoint, LIMIT_BYTES)
 
 
@@ -311,8 +348,9 @@ def test_a_file_that_is_no_region_is_left_alone(endpoint: Endpoint, tmp_path: Pa
     precious(Path(endpoint.path), tmp_path)
     with pytest.raises(SetupError, match="a file that is no region is there"):
         Server([endpoint], LIMIT_BYTES)
-    with pytest.raises(SetupError, match="no region that this version knows"):
+    with pytest.raises(SetupError, match="no region that this version knows") as refusal:
         opened(endpoint)
+    assert not isinstance(refusal.value, AbsentPeerError)
     assert Path(endpoint.path).read_bytes() == b"precious" * PAGE
 
 
@@ -324,7 +362,16 @@ def test_a_region_of_another_user_is_refused(endpoint: Endpoint, monkeypatch: py
 
 
 def test_nobody_there_is_said_at_once(endpoint: Endpoint) -> None:
-    with pytest.raises(SetupError, match=f"cannot connect to {endpoint}: No such file.*Is the worker running"):
+    with pytest.raises(AbsentPeerError, match=f"cannot connect to {endpoint}: No such file.*Is the worker running"):
+        opened(endpoint)
+
+
+@pytest.mark.parametrize("size", [0, PAGE])
+def test_a_region_that_is_being_made_is_nobody_there(endpoint: Endpoint, size: int) -> None:
+    path = Path(endpoint.path)
+    path.touch(0o600)
+    path.write_bytes(bytes(size))
+    with pytest.raises(AbsentPeerError, match="no region"):
         opened(endpoint)
 
 

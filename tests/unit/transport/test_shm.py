@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tsqp.errors import InputError, ProtocolError, SetupError, TransportClosedError
+from tsqp.errors import AbsentPeerError, InputError, ProtocolError, SetupError, TransportClosedError
 from tsqp.transport import guests, region, shm
 from tsqp.transport.base import Incoming
 from tsqp.transport.server import Server
@@ -145,6 +145,97 @@ def test_a_slot_sent_twice_is_copied(client: ShmClient, server: Server) -> None:
     assert client._link._spans.used == 3 * 9024
 
 
+def kept_slot(client: ShmClient, size: int = 9000) -> memoryview:
+    slot = client.allocate(size, kept=True)
+    assert slot is not None
+    slot[:] = b"k" * size
+    return slot
+
+
+def answered(client: ShmClient, server: Server) -> None:
+    receive(server).reply([b"done"])
+    client.receive(PATIENCE_S).release()
+
+
+def test_a_slot_that_is_kept_is_not_written_again_before_it_is_given_up(client: ShmClient, server: Server) -> None:
+    slot = kept_slot(client)
+    client.send([b"header", slot])
+    answered(client, server)
+    client.send([b"more", bytes(9000)])
+    answered(client, server)
+    assert bytes(slot) == b"k" * 9000
+    client.discard(slot)
+    client.discard(slot)
+    assert client.allocate(LIMIT_BYTES) is not None
+
+
+def test_a_slot_given_up_early_is_the_workers_until_it_has_answered(client: ShmClient, server: Server) -> None:
+    slot = kept_slot(client)
+    client.send([b"header", slot])
+    client.discard(slot)
+    client.send([b"more", bytes(9000)])
+    assert bytes(receive(server).frames[1]) == b"k" * 9000
+    assert client.allocate(LIMIT_BYTES) is None
+    client.discard(kept_slot(client))
+    assert client._link._spans.used == 2 * 9024
+
+
+def test_a_slot_that_is_kept_stands_after_the_end_of_its_link(
+    client: ShmClient, server: Server, endpoint: Endpoint
+) -> None:
+    slot = kept_slot(client)
+    client.send([b"header", slot])
+    assert len(receive(server).frames) == 2
+    server.close()
+    with pytest.raises(TransportClosedError):
+        client.receive(PATIENCE_S)
+    client.close()
+    other = Server([endpoint], LIMIT_BYTES)
+    again = connect_socket(endpoint, LIMIT_BYTES)
+    again.send([b"header", slot])
+    assert bytes(receive(other).frames[1]) == bytes(slot) == b"k" * 9000
+    again.close()
+    other.close()
+
+
+def test_slots_that_are_kept_stay_where_they_are_while_a_message_before_them_waits(
+    client: ShmClient, server: Server
+) -> None:
+    slot = kept_slot(client, 20_000)
+    client.send([b"header", bytes(LIMIT_BYTES - 100)])
+    client.send([b"header", slot])
+    assert client._link.has_unsent
+    client._link.flush()
+    assert bytes(slot) == b"k" * 20_000
+    client.discard(slot)
+    client._link.flush()
+    assert len(receive(server).frames[1]) == LIMIT_BYTES - 100
+
+
+def test_a_message_that_does_not_fit_takes_no_room(client: ShmClient) -> None:
+    slot = kept_slot(client)
+    with pytest.raises(InputError, match="does not fit"):
+        client.send([b"header", slot, bytes(LIMIT_BYTES)])
+    client.discard(slot)
+    assert client._link._spans.used == 0
+
+
+@pytest.mark.parametrize("datagram", [b"\x01", struct.pack("<IQQ", 1, LIMIT_BYTES, 1)], ids=["short", "elsewhere"])
+def test_a_malformed_message_is_counted(client: ShmClient, server: Server, datagram: bytes) -> None:
+    """What comes after it, if anybody still listens, has the number that its sender gave it."""
+    exchange(client, server)
+    (guest,) = server._listeners[0]._guests  # type: ignore[attr-defined]
+    guest.link.bell.send(datagram)
+    with pytest.raises(ProtocolError):
+        client.receive(PATIENCE_S)
+    assert client._link._counters[0] == 2
+    guest.link.bell.send(struct.pack("<IQQ", 1, (1 << 64) - 1, 2) + b"ok")
+    number, delivery = client._link.receive()
+    assert number == 2
+    delivery.release()
+    assert client._link._counters[0] == 3
+
+
 def test_a_slot_that_blocks_a_message_in_front_of_it_gives_way(client: ShmClient, server: Server) -> None:
     """A message waits for room that the slot of the message after it takes: nobody else would move it."""
     for size in (40_000, 20_000):
@@ -259,8 +350,23 @@ def test_many_short_frames_fit_one_message(client: ShmClient, server: Server) ->
 
 
 def test_nobody_there_is_said_at_once(endpoint: Endpoint) -> None:
-    with pytest.raises(SetupError, match=f"cannot connect to {endpoint}: No such file.*Is the worker running"):
+    with pytest.raises(AbsentPeerError, match=f"cannot connect to {endpoint}: No such file.*Is the worker running"):
         connect_socket(endpoint, LIMIT_BYTES)
+
+
+def test_a_socket_that_nobody_listens_on_is_nobody_there(endpoint: Endpoint) -> None:
+    """A worker that crashed leaves it behind."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+        left.bind(endpoint.path)
+    with pytest.raises(AbsentPeerError, match="Connection refused"):
+        connect_socket(endpoint, LIMIT_BYTES)
+    Path(endpoint.path).unlink()
+    Path(endpoint.path).write_bytes(b"")
+    Path(endpoint.path).chmod(0o000)
+    if os.geteuid():
+        with pytest.raises(SetupError, match="Permission denied") as refusal:
+            connect_socket(endpoint, LIMIT_BYTES)
+        assert not isinstance(refusal.value, AbsentPeerError)
 
 
 def sealed_region(size: int = REGION_BYTES, seals: int = SEALS) -> int:
