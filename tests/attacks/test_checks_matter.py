@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tsqp.enclave import codes
 from tsqp.enclave.codes import StreamedCodes, read_codes
-from tsqp.enclave.freivalds import Checker
+from tsqp.enclave.freivalds import Checker, Expectation
 from tsqp.enclave.mask_sources import EnclaveMasks
 from tsqp.enclave.masks import Mask, MaskLedger
 from tsqp.wire import codec
@@ -40,13 +40,12 @@ from tsqp.wire.messages import Result
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept every claim."""
+    compare = Expectation.compare
 
-    def accept(
-        _self: Checker, claim: Claim, _expectation: object, _peers: object, u: tuple[Tensor, ...] = ()
-    ) -> Tensor:
-        return claim.unverified() - torch.cat(u) if u else claim.unverified()
+    def accept(expectation: Expectation, claimed_MN: Tensor) -> tuple[Tensor, int]:
+        return compare(expectation, claimed_MN)[0], 0
 
-    monkeypatch.setattr(Checker, "verified", accept)
+    monkeypatch.setattr(Expectation, "compare", accept)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -59,11 +58,11 @@ def test_without_the_check_a_workers_lie_changes_logits(
     rig.prefill(OTHER_PROMPT)
     rig.worker.tamper = on(target, claiming(LIES[lie]))
     logits = rig.prefill(PROMPT)
-    integers = dict(rig.outputs[len(material.groups) :])
-    rig.outputs.clear()
+    xq_MK = dict(rig.inputs[len(material.groups) :])[target]
+    integers = rig.observed_products(target, xq_MK)
     rig.worker.tamper = honest
     assert torch.equal(rig.prefill(PROMPT), local_logits)
-    assert not torch.equal(integers[target], dict(rig.outputs)[target])
+    assert not torch.equal(integers, rig.observed_products(target, xq_MK))
     if lie not in SMALL:
         assert not torch.equal(logits, local_logits)
 

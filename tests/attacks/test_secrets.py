@@ -56,9 +56,10 @@ class Secrets:
         found = [secret for secret in self.texts if secret.lower() in text.lower()]
         # Digests are hexadecimal and hold runs of digits; no secret is printed inside one.
         plain = re.sub(r"\b[0-9a-f]{64}\b", "", text)
-        numbers = {int(run) for run in re.findall(r"\d+", plain)} | {
-            int(run, 16) for run in re.findall(r"0x([0-9a-fA-F]+)", plain)
-        }
+        # Nor in an object's address, whose decimal digits would be taken for a number of their own.
+        hexadecimal = re.compile(r"0x([0-9a-fA-F]+)")
+        numbers = {int(run) for run in re.findall(r"\d+", hexadecimal.sub("", plain))}
+        numbers |= {int(run, 16) for run in hexadecimal.findall(plain)}
         found += [str(number) for number in numbers & self.numbers if number >= _SMALLEST]
         return found + re.findall(r"tensor\(|FieldVector\(\[", plain)
 

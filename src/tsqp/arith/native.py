@@ -13,6 +13,7 @@ Shapes: M rows, K inputs, N outputs, P panels of codes.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -181,46 +182,67 @@ class Kernels:
             torch.get_num_threads(),
         )
 
-    def dots(
-        self,
-        words_MN: Tensor,
-        limbs_3N: Tensor,
-        masks_MN: Tensor | None = None,
-        out_MN: Tensor | None = None,
-        scaling: Scaling | None = None,
-    ) -> Tensor:
-        """Return the inner products of words, less masks, with a vector modulo 2^61 - 1: int64, shape (M,).
+    def dots(self, words_MN: Tensor, limbs_3N: Tensor) -> Tensor:
+        """Return the inner products of words with a vector modulo 2^61 - 1: int64, shape (M,).
 
         Args:
-            words_MN: int32; each is read once, so that another process may change them meanwhile.
+            words_MN: int32.
             limbs_3N: the vector's limbs of 21 bits, int32.
-            masks_MN: int32, subtracted modulo 2^32 before anything else.
-            out_MN: where to store the words that were summed; int32, contiguous.
-            scaling: store instead what ``dequantize`` would make of them, float32 in the memory of ``out_MN``.
 
         Raises:
-            ExactnessError: other dtypes, shapes or layouts, or no memory for what is scaled back.
+            ExactnessError: other dtypes, shapes or layouts.
         """
-        if scaling is not None and out_MN is None:
-            raise ExactnessError("words can be scaled back only where they are stored.")
-        rows, length = words_MN.shape
-        words_MN, limbs_3N = _readable(words_MN), _readable(limbs_3N)
-        masks_MN = None if masks_MN is None else _readable(masks_MN)
+        return self._prepared(limbs_3N, tuple(words_MN.shape), None, None, None)(words_MN)
+
+    def unmasking(
+        self, limbs_3N: Tensor, masks_MN: Tensor | None, out_MN: Tensor, scaling: Scaling | None
+    ) -> Callable[[Tensor], Tensor]:
+        """Return a function that takes masks off words, stores what they are, and returns what ``dots`` does of it.
+
+        The words may be memory that another process changes meanwhile: each is read once. The function is for one call.
+
+        Args:
+            limbs_3N: the vector's limbs of 21 bits, int32.
+            masks_MN: int32, subtracted modulo 2^32.
+            out_MN: where to store the difference; int32, contiguous.
+            scaling: store instead what ``dequantize`` would make of it, float32 in the memory of ``out_MN``.
+
+        Raises:
+            ExactnessError: other dtypes, shapes or layouts; also from the function.
+        """
+        return self._prepared(limbs_3N, tuple(out_MN.shape), masks_MN, out_MN, scaling)
+
+    def _prepared(
+        self,
+        limbs_3N: Tensor,
+        shape: tuple[int, ...],
+        masks_MN: Tensor | None,
+        out_MN: Tensor | None,
+        scaling: Scaling | None,
+    ) -> Callable[[Tensor], Tensor]:
+        rows, length = shape
+        # What the addresses are of must live until the call is over.
+        kept = limbs_3N, masks_MN, scaling = (
+            _readable(limbs_3N),
+            None if masks_MN is None else _readable(masks_MN),
+            None if scaling is None else scaling.readable(),
+        )
         dots_M = torch.empty(rows, dtype=torch.int64)
-        scaling = None if scaling is None else scaling.readable()
-        _extension.dots(
-            _address(words_MN, torch.int32, rows, length),
+        addresses = (
             0 if masks_MN is None else _address(masks_MN, torch.int32, rows, length),
             0 if out_MN is None else _address(out_MN, torch.int32, rows, length),
             _address(limbs_3N, torch.int32, 3, length),
             _address(dots_M, torch.int64, rows),
             *((0, 0, 0) if scaling is None else scaling.addresses(rows, length)),
-            rows,
-            length,
-            self._level,
-            torch.get_num_threads(),
         )
-        return dots_M
+
+        def dots(words_MN: Tensor, _kept: object = (kept, out_MN)) -> Tensor:
+            words_MN = _readable(words_MN)
+            at = _address(words_MN, torch.int32, rows, length)
+            _extension.dots(at, *addresses, rows, length, self._level, torch.get_num_threads())
+            return dots_M
+
+        return dots
 
     @property
     def attends(self) -> bool:

@@ -13,8 +13,10 @@ Both give the same residues; docs/arithmetic.md has the bounds.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,13 +89,15 @@ class FieldVector:
             return kernels.dots(rows_MN, self._native_limbs())
         return _mod_q(self._halves(rows_MN))
 
-    def dot_unmasked(
-        self, words_MN: Tensor, u: Sequence[Tensor], out_MN: Tensor, scaling: Scaling | None = None
-    ) -> Tensor:
-        """Store y = words - u modulo 2^32, or what it stands for, and return <row, vector> mod q of y.
+    def unmasking(
+        self, u: Sequence[Tensor], out_MN: Tensor, scaling: Scaling | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """Return a function of words that stores y = words - u modulo 2^32 and returns <row, vector> mod q of y.
+
+        All that can be is done before the words are there. They are int32 and of out's shape; whoever shares their
+        memory may change them meanwhile: each word is read once. The function may be called once.
 
         Args:
-            words_MN: int32. Whoever shares this memory may change it meanwhile: each word is read once.
             u: int32, consecutive rows, M together; none to subtract nothing.
             out_MN: int32, contiguous, memory of this process.
             scaling: store y scaled back, float32 in the memory of ``out_MN``.
@@ -101,22 +105,26 @@ class FieldVector:
         Raises:
             ExactnessError: shapes do not go together.
         """
-        if words_MN.shape != out_MN.shape or (u and sum(map(len, u)) != len(words_MN)):
-            raise ExactnessError(f"{len(words_MN)} rows to check, and masks of {sum(map(len, u))}.")
+        if u and sum(map(len, u)) != len(out_MN):
+            raise ExactnessError(f"{len(out_MN)} rows to check, and masks of {sum(map(len, u))}.")
         kernels = native.kernels()
         if not kernels:
-            out_MN.copy_(words_MN)
-        dots, done = [], 0
-        for u_PN in u or (None,):
-            rows = slice(done, done + len(words_MN) if u_PN is None else done + len(u_PN))
-            if kernels:
-                scales = None if scaling is None else scaling.part(rows)
-                dots.append(kernels.dots(words_MN[rows], self._native_limbs(), u_PN, out_MN[rows], scales))
-            elif u_PN is not None:
-                out_MN[rows] -= u_PN
-            done = rows.stop
-        if kernels:
-            return dots[0] if len(dots) == 1 else torch.cat(dots)
+            return partial(self._dot_by_twin, u, out_MN, scaling)
+        limbs_3N = self._native_limbs()
+        if len(u) <= 1:
+            return kernels.unmasking(limbs_3N, u[0] if u else None, out_MN, scaling)
+        ends = list(itertools.accumulate(map(len, u)))
+        rows = [slice(end - len(u_PN), end) for end, u_PN in zip(ends, u, strict=True)]
+        parts = [
+            kernels.unmasking(limbs_3N, u_PN, out_MN[part], None if scaling is None else scaling.part(part))
+            for part, u_PN in zip(rows, u, strict=True)
+        ]
+        return lambda words_MN: torch.cat([dots(words_MN[part]) for part, dots in zip(rows, parts, strict=True)])
+
+    def _dot_by_twin(self, u: Sequence[Tensor], out_MN: Tensor, scaling: Scaling | None, words_MN: Tensor) -> Tensor:
+        out_MN.copy_(words_MN)
+        if u:
+            out_MN -= torch.cat(tuple(u))
         residues_M = self.dot_words(out_MN)
         if scaling is not None:
             dequantize(out_MN, scaling, out_MN.view(torch.float32))
@@ -197,16 +205,20 @@ def draw(length: int, random_bytes: RandomBytes = os.urandom) -> FieldVector:
 
 
 class Expectation:
-    """What the checks of some rows must give. Secret: it tells about the check, and its repr shows nothing.
+    """What the check of some rows must give, and all else that is ready for it. Secret: its repr shows nothing.
 
     Args:
         residues_M: int64 in [0, q).
+        y_MN: where the checked product will lie: int32, or float32 scaled back.
+        dots: stores it there and returns its residues; see ``FieldVector.unmasking``.
     """
 
-    __slots__ = ("_residues_M",)
+    __slots__ = ("_dots", "_residues_M", "_y_MN")
 
-    def __init__(self, residues_M: Tensor) -> None:
+    def __init__(self, residues_M: Tensor, y_MN: Tensor, dots: Callable[[Tensor], Tensor]) -> None:
         self._residues_M = residues_M
+        self._y_MN = y_MN
+        self._dots: Callable[[Tensor], Tensor] | None = dots
 
     def __repr__(self) -> str:
         return f"Expectation({len(self._residues_M)} rows, not shown)"
@@ -214,17 +226,21 @@ class Expectation:
     def __reduce__(self) -> tuple[object, ...]:
         raise ExactnessError("what a check expects must not leave its process.")
 
-    def wrong_rows(self, found_M: Tensor) -> int:
-        """Count the rows whose residue is another.
+    def compare(self, claimed_MN: Tensor) -> tuple[Tensor, int]:
+        """Return the product and how many of its rows are wrong. Each claimed word is read once.
 
         Raises:
-            ExactnessError: another number of rows.
+            ExactnessError: another shape, or a second claim: it would change what the first one was found to be.
         """
-        if found_M.shape != self._residues_M.shape:
-            raise ExactnessError(f"{len(found_M)} rows came, {len(self._residues_M)} are expected.")
+        dots, self._dots = self._dots, None
+        if dots is None or claimed_MN.shape != self._y_MN.shape:
+            raise ExactnessError(
+                f"a claim of shape {list(claimed_MN.shape)} to check: expected one, of {list(self._y_MN.shape)}."
+            )
+        found_M = dots(claimed_MN)
         if torch.equal(found_M, self._residues_M):
-            return 0
-        return int((found_M != self._residues_M).count_nonzero())
+            return self._y_MN, 0
+        return self._y_MN, int((found_M != self._residues_M).count_nonzero())
 
 
 class Checker:
@@ -265,48 +281,44 @@ class Checker:
         self._c.add(self._s.part(rows).dot_codes(codes_RK.T))
         self._absorbed = rows.stop
 
-    def expect(self, xq_MK: Tensor) -> Expectation:
-        """Return what the check of the products of these integers must give; to be done while the worker computes.
+    def expect(self, xq_MK: Tensor, u: Sequence[Tensor] = (), scaling: Scaling | None = None) -> Expectation:
+        """Prepare the check of the products of these integers; to be done while the worker computes.
 
         Args:
             xq_MK: int32.
+            u: products of the masks that were put on, for consecutive rows, M together; none where nothing was masked.
+            scaling: scale the products back once they are checked.
 
         Raises:
-            ExactnessError: not all codes have been absorbed.
+            ExactnessError: not all codes have been absorbed, or shapes do not go together.
         """
         if self._absorbed != len(self._s):
             raise ExactnessError(f"linear {self.name}: {self._absorbed} of {len(self._s)} rows of codes absorbed.")
-        return Expectation(self._c.dot_words(xq_MK))
+        y_MN = torch.empty(len(xq_MK), len(self._s), dtype=torch.int32)
+        dots = self._s.unmasking(u, y_MN, scaling)
+        return Expectation(self._c.dot_words(xq_MK), y_MN if scaling is None else y_MN.view(torch.float32), dots)
 
-    def verified(
-        self,
-        claim: Claim,
-        expectation: Expectation,
-        peers: Sequence[str],
-        u: Sequence[Tensor] = (),
-        scaling: Scaling | None = None,
-    ) -> Tensor:
-        """Return the claimed y less u, int32 (M, N), if it is xq W^T: memory of this process, that nobody else changes.
+    def verified(self, claim: Claim, expectation: Expectation, peers: Sequence[str]) -> Tensor:
+        """Return the claimed y less u if it is xq W^T: memory of this process, that nobody else changes.
 
         Args:
             claim: of the product of what was sent; its words may change meanwhile, and each is read once.
-            expectation: from ``expect`` for xq.
+            expectation: from ``expect`` for xq; for one claim.
             peers: all who contributed to the claim.
-            u: products of the masks that were put on, for consecutive rows, M together; none where nothing was masked.
-            scaling: return y scaled back instead, float32 (M, N).
+
+        Returns:
+            int32 (M, N), or float32 if it is scaled back.
 
         Raises:
             IntegrityError: a row is wrong, or one was before.
         """
         if self._failed:
             raise IntegrityError(f"linear {self.name}: a wrong product came before; its check must be drawn anew.")
-        claimed_MN = claim.unverified()
-        y_MN = torch.empty(len(claimed_MN), len(self._s), dtype=torch.int32)
-        wrong = expectation.wrong_rows(self._s.dot_unmasked(claimed_MN, u, y_MN, scaling))
+        y_MN, wrong = expectation.compare(claim.unverified())
         if wrong:
             self._failed = True
             raise IntegrityError(
                 f"linear {self.name}: {wrong} of {len(y_MN)} rows are not the product asked for. "
                 f"One of these lied or is broken: {', '.join(peers)}."
             )
-        return y_MN if scaling is None else y_MN.view(torch.float32)
+        return y_MN

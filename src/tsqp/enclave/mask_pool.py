@@ -199,12 +199,13 @@ class MaskPool:
         if group == HEAD:  # one row of a prompt, if it is the prompt's last chunk
             return
         with self._lock:
-            ready = self._ready[group]
-            if ready and ready[0].r_MK is None and len(ready[0].u_MN) >= count:
-                part, rest = _split(ready.popleft(), count)
-                if len(rest.u_MN):
-                    ready.appendleft(rest)
-                ready.appendleft(MaskRows(part.first, part.u_MN, self._words(group, part.first, count)))
+            parts = self._take_ready(group, count)
+            self._ready[group].extendleft(self._with_words(group, part) for part in reversed(parts))
+
+    def _with_words(self, group: str, part: MaskRows) -> MaskRows:
+        if part.r_MK is not None:
+            return part
+        return MaskRows(part.first, part.u_MN, self._words(group, part.first, len(part.u_MN)))
 
     def _take_missing(self, group: str, count: int) -> list[MaskRows]:
         self._ask(group, count)

@@ -138,13 +138,18 @@ class Mask:
         if len(xq_MK) != self.count:
             raise ExactnessError(f"a mask of {self.count} rows cannot hide {len(xq_MK)}.")
         xm_MK = torch.empty_like(xq_MK) if out_MK is None else out_MK
+        if len(self._rows) == 1:
+            torch.add(xq_MK, self._words_of(self._rows[0]), out=xm_MK)
+            return xm_MK
         done = 0
         for part in self._rows:
             rows = slice(done, done + len(part.u_MN))
-            r_MK = self._words(part.first, len(part.u_MN)) if part.r_MK is None else part.r_MK
-            torch.add(xq_MK[rows], r_MK, out=xm_MK[rows])
+            torch.add(xq_MK[rows], self._words_of(part), out=xm_MK[rows])
             done = rows.stop
         return xm_MK
+
+    def _words_of(self, part: MaskRows) -> Tensor:
+        return self._words(part.first, len(part.u_MN)) if part.r_MK is None else part.r_MK
 
     def products(self) -> tuple[Tensor, ...]:
         """Return what the mask adds to products, once: u for consecutive rows, int32 of shape (rows, N).

@@ -177,15 +177,6 @@ class ExactWorker:
         self.session.close()
 
 
-class _Expected(NamedTuple):
-    """What the check of an answer needs, and what becomes of it."""
-
-    group: str
-    expectation: Expectation
-    mask: Mask | None
-    scaling: Scaling | None
-
-
 class CheckedProducts:
     """`verified` and `masked`: the only way from a worker's words to a value is through the check.
 
@@ -218,10 +209,11 @@ class CheckedProducts:
             mask = self._pool.take(group, len(xq_MK)) if self._pool is not None else None
             answer = self._worker.start(group, len(xq_MK), partial(self._write, xq_MK, mask))
             with self._meter.span("ahead"):
-                expectation = self._checkers[group].expect(xq_MK)
+                u = mask.products() if mask is not None else ()
+                expectation = self._checkers[group].expect(xq_MK, u, scaling)
                 if self._pool is not None:
                     self._pool.make_words_ahead(group, len(xq_MK))
-            return partial(self._collect, _Expected(group, expectation, mask, scaling), answer)
+            return partial(self._collect, group, expectation, answer)
 
     def _write(self, xq_MK: Tensor, mask: Mask | None, out_MK: Tensor) -> None:
         """Store what may leave; the worker may be watching."""
@@ -231,14 +223,12 @@ class CheckedProducts:
         with self._meter.span("mask"):
             mask.add(xq_MK, out_MK)
 
-    def _collect(self, expected: _Expected, answered: Callable[[], Answer]) -> Tensor:
-        group, expectation, mask, scaling = expected
+    def _collect(self, group: str, expectation: Expectation, answered: Callable[[], Answer]) -> Tensor:
         with self._distrusting():
             answer = answered()
             try:
                 with self._meter.span("check"):
-                    u = mask.products() if mask is not None else ()
-                    y_MN = self._checkers[group].verified(answer.claim, expectation, self._peers, u, scaling)
+                    y_MN = self._checkers[group].verified(answer.claim, expectation, self._peers)
             finally:
                 answer.release()
             self._meter.verified_rows += len(y_MN)

@@ -112,12 +112,12 @@ def test_what_does_not_fit_is_refused(kernels: native.Kernels) -> None:
     with pytest.raises(ExactnessError, match="a native kernel takes"):
         kernels.dots(words, torch.zeros(3, 5, dtype=torch.int32))
     with pytest.raises(ExactnessError, match="a native kernel takes"):
-        kernels.dots(words, torch.zeros(3, 4, dtype=torch.int32), words[:1])
+        kernels.unmasking(torch.zeros(3, 4, dtype=torch.int32), words[:1], words, None)
     one_row = Scaling(torch.ones(1, 1, dtype=torch.float64), torch.ones(4))
     with pytest.raises(ExactnessError, match="a native kernel takes"):
-        kernels.dots(words, torch.zeros(3, 4, dtype=torch.int32), None, words.clone(), one_row)
-    with pytest.raises(ExactnessError, match="only where they are stored"):
-        kernels.dots(words, torch.zeros(3, 4, dtype=torch.int32), scaling=one_row)
+        kernels.unmasking(torch.zeros(3, 4, dtype=torch.int32), None, words.clone(), one_row)
+    with pytest.raises(ExactnessError, match="a native kernel takes"):
+        kernels.unmasking(torch.zeros(3, 4, dtype=torch.int32), None, words.clone(), None)(words[:1])
     with pytest.raises(ExactnessError, match="a native kernel takes"):
         kernels.dequantize(words, Scaling(torch.zeros(2, 1), torch.zeros(4)), torch.zeros(2, 4))
     with pytest.raises(ExactnessError, match="a native kernel takes"):
@@ -309,7 +309,7 @@ y = ring.multiply(xq, codes)
 checker = Checker("a", 48, 96)
 checker.absorb(w)
 scaling = native.Scaling(scale, torch.rand(48), torch.rand(48))
-real = checker.verified(Claim(y, ""), checker.expect(xq), (), (), scaling)
+real = checker.verified(Claim(y, ""), checker.expect(xq, (), scaling), ())
 print(codes.kernel.name, real.view(torch.int32).tolist())
 """
 

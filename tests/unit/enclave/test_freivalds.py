@@ -93,13 +93,13 @@ def test_masks_are_taken_off_in_parts(rows: int, length: int) -> None:
     vector, out_MN = freivalds.draw(length, seeded(2)), torch.empty(rows, length, dtype=torch.int32)
     before = words_MN.clone()
     for u in ((), (u_MN,), (u_MN[:2], u_MN[2:])):
-        found_M = vector.dot_unmasked(words_MN, u, out_MN)
+        found_M = vector.unmasking(u, out_MN)(words_MN)
         assert torch.equal(out_MN, words_MN - u_MN if u else words_MN)
         assert found_M.tolist() == [dot(row, vector._values_N.tolist()) for row in out_MN.tolist()]
     assert torch.equal(words_MN, before)
     if rows:
         with pytest.raises(ExactnessError, match="rows to check, and masks of"):
-            vector.dot_unmasked(words_MN, (u_MN[1:],), out_MN)
+            vector.unmasking((u_MN[1:],), out_MN)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 9])
@@ -112,8 +112,8 @@ def test_what_is_checked_is_scaled_back(rows: int, biased: bool) -> None:  # noq
     vector = freivalds.draw(1030, seeded(2))
     for u in ((u_MN,), (u_MN[:1], u_MN[1:])):
         plain_MN, out_MN = torch.empty(2, rows, 1030, dtype=torch.int32)
-        residues_M = vector.dot_unmasked(words_MN, u, plain_MN)
-        assert torch.equal(vector.dot_unmasked(words_MN, u, out_MN, scaling), residues_M)
+        residues_M = vector.unmasking(u, plain_MN)(words_MN)
+        assert torch.equal(vector.unmasking(u, out_MN, scaling)(words_MN), residues_M)
         real_MN = dequantize(plain_MN, scaling)
         assert torch.equal(out_MN, real_MN.view(torch.int32))  # the same bits
 
@@ -240,18 +240,27 @@ def test_the_secret_is_not_shown_and_does_not_leave(product: Product) -> None:
 def test_rows_that_were_not_expected_are_refused(product: Product) -> None:
     """One row's expectation must not serve for several."""
     expectation = product.checker.expect(product.xq_MK[:1])
-    with pytest.raises(ExactnessError, match="7 rows came, 1 are expected"):
+    with pytest.raises(ExactnessError, match=r"a claim of shape \[7, \d+\] to check: expected one, of \[1, "):
         product.checker.verified(Claim(product.y_MN, ""), expectation, PEERS)
 
 
 def test_masks_come_off_before_the_check(product: Product) -> None:
     u_MN = torch.randint(-(1 << 31), 1 << 31, product.y_MN.shape).int()
     claim = Claim(product.y_MN + u_MN, "")
-    expectation = product.checker.expect(product.xq_MK)
-    verified = product.checker.verified(claim, expectation, PEERS, (u_MN[:3], u_MN[3:]))
+    expectation = product.checker.expect(product.xq_MK, (u_MN[:3], u_MN[3:]))
+    verified = product.checker.verified(claim, expectation, PEERS)
     assert torch.equal(verified, product.y_MN)
     with pytest.raises(IntegrityError, match="7 of 7 rows"):
-        product.checker.verified(claim, expectation, PEERS)
+        product.checker.verified(claim, product.checker.expect(product.xq_MK), PEERS)
+
+
+def test_an_expectation_serves_once(product: Product) -> None:
+    """A second claim would overwrite what the first was found to be, after it was given out."""
+    expectation = product.checker.expect(product.xq_MK)
+    first = product.checker.verified(Claim(product.y_MN, ""), expectation, PEERS)
+    with pytest.raises(ExactnessError, match="expected one"):
+        product.checker.verified(Claim(product.y_MN + 1, ""), expectation, PEERS)
+    assert torch.equal(first, product.y_MN)
 
 
 def test_codes_are_absorbed_in_parts_and_completely() -> None:
