@@ -3,9 +3,11 @@
  *
  * The caller works too, and takes tasks until none are left. A thread that wakes later finds the job closed, so a slow
  * wake-up costs nothing. One job runs at a time: a second caller does its tasks alone. A forked child starts afresh. */
+#define _GNU_SOURCE
 #include "native.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 
@@ -27,6 +29,8 @@ static struct job *current; /* NULL: closed */
 static int seats;           /* how many threads may still join the current job */
 static int inside;          /* how many have joined and not left */
 static int started;
+static pthread_t others[MAX_THREADS];
+static int avoided = -1; /* the core that they keep off; -1: none */
 
 static void work_on(struct job *job)
 {
@@ -66,6 +70,7 @@ static void start_afresh_in_child(void)
     left = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
     current = NULL;
     seats = inside = started = 0;
+    avoided = -1;
 }
 
 static void handle_forks(void) { pthread_atfork(NULL, NULL, start_afresh_in_child); }
@@ -82,22 +87,36 @@ static void start_threads(int wanted)
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (; started < wanted; started++) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, serve, NULL))
+        if (pthread_create(&others[started], NULL, serve, NULL))
             break;
-        pthread_detach(thread);
+        pthread_detach(others[started]);
+        avoided = -1;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static void open_job(struct job *job, int others)
+/* Keeps the threads off the caller's core. Where no core is idle, as while the peer of a TSQP process spins on another one,
+ * the system would leave a woken thread behind the one that woke it until the job is over. */
+static void keep_off(int core)
+{
+    cpu_set_t cores;
+    if (core == avoided || core < 0 || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof cores, &cores))
+        return;
+    avoided = core;
+    CPU_CLR(core, &cores);
+    for (int i = 0; CPU_COUNT(&cores) && i < started; i++)
+        pthread_setaffinity_np(others[i], sizeof cores, &cores);
+}
+
+static void open_job(struct job *job, int wanted)
 {
     pthread_mutex_lock(&guard);
-    start_threads(others);
+    start_threads(wanted);
+    keep_off(sched_getcpu());
     current = job;
-    seats = others;
+    seats = wanted;
     pthread_mutex_unlock(&guard);
-    if (others == 1)
+    if (wanted == 1)
         pthread_cond_signal(&wake);
     else
         pthread_cond_broadcast(&wake);
