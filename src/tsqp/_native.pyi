@@ -43,3 +43,31 @@ def attend(
     threads: int,
     /,
 ) -> None: ...
+def attend_paged(
+    q: int,
+    pool: int,
+    spans: int,
+    tables: int,
+    out: int,
+    sizes: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    block_stride: int,
+    threads: int,
+    /,
+) -> None: ...
+def rms_norm(
+    x: int, added: int, weight: int, eps: float, out: int, rows: int, size: int, isa: int, threads: int, /
+) -> None: ...
+def swiglu(gate_up: int, out: int, rows: int, size: int, isa: int, threads: int, /) -> None: ...
+def rotate(
+    x: int,
+    cosine: int,
+    sine: int,
+    out: int,
+    sizes: tuple[int, ...],
+    x_strides: tuple[int, ...],
+    out_strides: tuple[int, ...],
+    isa: int,
+    threads: int,
+    /,
+) -> None: ...

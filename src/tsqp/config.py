@@ -1,8 +1,8 @@
 """Settings, parsed once at the edge of a process: flags over environment over file over defaults.
 
 The published variables (``LLAMA_*``) keep their names and defaults; ours are ``TSQP_*``. A settings file is TOML,
-named by ``TSQP_CONFIG``, with one table per role (``[worker]``, ``[enclave]``). Unknown keys and unparsable values
-raise. docs/configuration.md lists every setting.
+named by ``TSQP_CONFIG``, with one table per role (``[worker]``, ``[enclave]``, ``[serve]``). Unknown keys and
+unparsable values raise. docs/configuration.md lists every setting.
 """
 
 from __future__ import annotations
@@ -114,34 +114,61 @@ class EnclaveConfig:
     max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", limits=(1 << 16, _MAX_MESSAGE_BYTES))
 
 
-Config = TypeVar("Config", WorkerConfig, EnclaveConfig)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Settings of the HTTP server that ``tsqp serve`` puts before an enclave.
+
+    ``served_model`` is the model's name in the API; None means the model's own. ``api_keys`` names the file of hashed
+    API keys; None means that no key is asked for, which is allowed on loopback only. ``tls_cert`` and ``tls_key`` are
+    PEM files; None means HTTP in clear. ``padding``: whether answers are padded to few sizes; None means at `masked`.
+    ``max_requests``: generations by HTTP at once, above which clients are told to come back. ``max_choices``: prompts
+    times ``n`` in one request. ``drain_s``: how long running requests may go on once the server is told to stop.
+    """
+
+    SECTION: typing.ClassVar[str] = "serve"
+
+    host: str = _setting("127.0.0.1", "TSQP_HOST")
+    port: int = _setting(8000, "TSQP_PORT", limits=(0, 65535))
+    served_model: str | None = _setting(None, "TSQP_SERVED_MODEL")
+    api_keys: str | None = _setting(None, "TSQP_API_KEYS")
+    tls_cert: str | None = _setting(None, "TSQP_TLS_CERT")
+    tls_key: str | None = _setting(None, "TSQP_TLS_KEY")
+    padding: str | None = _setting(None, "TSQP_PADDING", choices=("on", "off"))
+    max_body_bytes: int = _setting(4 << 20, "TSQP_MAX_BODY_BYTES", limits=(1024, 1 << 32))
+    max_requests: int = _setting(64, "TSQP_MAX_REQUESTS", limits=(1, 1 << 16))
+    max_choices: int = _setting(128, "TSQP_MAX_CHOICES", limits=(1, 1 << 16))
+    drain_s: float = _setting(30.0, "TSQP_DRAIN_S", limits=(0, _MAX_TIMEOUT_S))
+
+
+KINDS = (WorkerConfig, EnclaveConfig, ServeConfig)
+Config = TypeVar("Config", WorkerConfig, EnclaveConfig, ServeConfig)
 
 
 def load(
     kind: type[Config],
     flags: Mapping[str, object] | None = None,
     env: Mapping[str, str] | None = None,
+    defaults: Mapping[str, object] | None = None,
 ) -> Config:
     """Build a settings object.
 
     Args:
-        kind: WorkerConfig or EnclaveConfig.
+        kind: one of ``KINDS``.
         flags: values from the command line by field name; None values count as not given.
         env: the environment; the process's own by default.
+        defaults: a command's own, instead of the fields'.
 
     Raises:
         ConfigError: an unknown key or variable, or a value of the wrong type or out of range.
     """
     env = os.environ if env is None else env
     _refuse_unknown_variables(env)
-    values = _from_file(kind, env)
+    values = {**(defaults or {}), **_from_file(kind, env)}
     for entry in dataclasses.fields(kind):
         name = entry.metadata["env"]
         if name in env:
             values[entry.name] = _parse(kind, entry, env[name], f"environment variable {name}")
-    for key, value in (flags or {}).items():
-        if value is not None:
-            values[key] = value
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
     config = kind(**values)
     for entry in dataclasses.fields(kind):
         _check(entry, getattr(config, entry.name))
@@ -149,7 +176,7 @@ def load(
 
 
 def _refuse_unknown_variables(env: Mapping[str, str]) -> None:
-    known = {entry.metadata["env"] for kind in (WorkerConfig, EnclaveConfig) for entry in dataclasses.fields(kind)}
+    known = {entry.metadata["env"] for kind in KINDS for entry in dataclasses.fields(kind)}
     for name in env:
         if name.startswith("TSQP_") and name not in known | _OTHER_VARIABLES:
             raise ConfigError(
@@ -169,7 +196,7 @@ def _from_file(kind: type[Config], env: Mapping[str, str]) -> dict[str, Any]:
         raise ConfigError(f"TSQP_CONFIG={name}: cannot read it ({error.strerror}).") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"TSQP_CONFIG={name}: not valid TOML ({error}).") from error
-    sections = {WorkerConfig.SECTION, EnclaveConfig.SECTION}
+    sections = {each.SECTION for each in KINDS}
     if unknown := set(document) - sections:
         raise ConfigError(f"{name}: unknown table [{min(unknown)}]; known: {', '.join(sorted(sections))}.")
     entries = {entry.name: entry for entry in dataclasses.fields(kind)}

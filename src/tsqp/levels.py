@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,12 @@ from tsqp.model.architecture import LlamaConfig, linear_groups, read_config, wei
 from tsqp.model.digest import model_digest
 from tsqp.model.exact import ExactOps, LocalProducts
 from tsqp.model.linears import Linears
-from tsqp.model.llama import Llama
+from tsqp.model.llama import Llama, Rows
 from tsqp.model.locate import is_packed_model, locate, locate_packed
 from tsqp.model.ops import LocalOps, read_state
 from tsqp.model.overlap import micro_batches
 from tsqp.model.packed import PackedEnclave, open_enclave
-from tsqp.model.tokenizer import Tokenizer, find_tokenizer
+from tsqp.model.tokenizer import Tokenizer, find_tokenizer, read_companions
 from tsqp.model.weights import Checkpoint
 from tsqp.threads import using_threads
 from tsqp.transport.keys import load_public
@@ -78,10 +78,39 @@ def open_model(name: str, level: str, on_step: OnStep = lambda _name, _done: Non
     if level in EXACT_LEVELS or (level == "local" and is_packed_model(name)):
         directory = locate_packed(name, lambda done: on_step("packing the model", done))
         packed = open_enclave(directory)
-        tokenizer = Tokenizer(packed.tokenizer_json) if packed.tokenizer_json else None
+        companions = read_companions(packed.directory, packed.manifest.files)
+        tokenizer = Tokenizer(packed.tokenizer_json, companions=companions) if packed.tokenizer_json else None
         return Model(directory, packed.config, tokenizer, packed)
     directory = locate(name, lambda done: on_step("converting the model", done))
     return Model(directory, read_config(directory), find_tokenizer(directory), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepper:
+    """Computes steps of generation.
+
+    Attributes:
+        llama: the model.
+        groups: into how many parts a step is cut that take turns.
+        own_products: whether this process computes the products, and so needs all its threads.
+        pool: masks, at `masked`.
+        paused: during a ``with`` block the pool is not filled.
+        reopen: opens the link to the worker again if it was lost.
+    """
+
+    llama: Llama
+    groups: int = 1
+    own_products: bool = False
+    pool: MaskPool | None = None
+    paused: Callable[[], AbstractContextManager[None]] = nullcontext
+    reopen: Callable[[], None] = lambda: None
+
+    def run(self, parts: Sequence[Rows]) -> list[Tensor]:
+        """See ``Llama.run``."""
+        rows = max(len(part.ids_M) for part in parts)
+        few = rows < _TOKENS_WORTH_THREADS and not self.own_products
+        with self.paused(), using_threads(1) if few else nullcontext():
+            return self.llama.run(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +119,7 @@ class Runnable:
 
     ``predict_all`` gives logits at every position, (B, T, V); the monolithic baseline has none. ``micro_batches`` tells
     into how many parts prompts are cut that take turns. ``prepare`` waits until the mask pool is full, where there is
-    one, and is told where to report progress.
+    one, and is told where to report progress. ``stepper`` is for generation; the baseline has none.
     """
 
     predict: Predict
@@ -98,6 +127,7 @@ class Runnable:
     predict_all: Predict | None = None
     micro_batches: Callable[[Tensor], int] = lambda _ids_BT: 1
     prepare: Callable[[Callable[[float], None]], None] = lambda _on_progress: None
+    stepper: Stepper | None = None
 
 
 @contextmanager
@@ -203,7 +233,8 @@ def _local(model: Model, config: EnclaveConfig, on_step: OnStep) -> Runnable:
         )
         products = LocalProducts(checks.codes, torch.get_num_threads())
         llama = Llama(model.architecture, ExactOps(model.packed, products, meter))
-        return _in_turns(llama, meter, _cutting(config, shared_cores=True))
+        loaded = _in_turns(llama, meter, _cutting(config, shared_cores=True))
+        return replace(loaded, stepper=Stepper(llama))
     checkpoint = Checkpoint(model.directory)
     checkpoint.require(weight_shapes(model.architecture))
     linears = Linears(
@@ -214,7 +245,8 @@ def _local(model: Model, config: EnclaveConfig, on_step: OnStep) -> Runnable:
         lambda done: on_step("loading the weights", done),
     )
     llama = Llama(model.architecture, LocalOps(linears, read_state(linears, checkpoint)))
-    return Runnable(llama.prefill, meter, partial(llama.prefill, all_logits=True))
+    stepper = Stepper(llama, own_products=True)
+    return Runnable(llama.prefill, meter, partial(llama.prefill, all_logits=True), stepper=stepper)
 
 
 @contextmanager
@@ -224,10 +256,18 @@ def _open(
     checkpoint = Checkpoint(model.directory)
     checkpoint.require(weight_shapes(model.architecture))
     digest = model_digest(model.architecture, checkpoint, lambda done: on_step("hashing the weights", done))
-    with connect(worker, config, model.architecture, digest) as link:
+    meter = Meter()
+    with ExitStack() as links:
+        link = links.enter_context(connect(worker, config, model.architecture, digest, meter))
         llama = Llama(model.architecture, link.ops, offload_attention=offload_attention)
-        cut = _cutting(config, shared_cores=_shares_cores(worker, link.welcome))
-        yield _in_turns(llama, link.session.meter, cut)
+
+        def reopen() -> None:
+            links.close()
+            llama.use(links.enter_context(connect(worker, config, model.architecture, digest, meter)).ops)
+
+        shared = _shares_cores(worker, link.welcome)
+        loaded = _in_turns(llama, meter, _cutting(config, shared_cores=shared))
+        yield replace(loaded, stepper=Stepper(llama, groups=_groups(config, shared_cores=shared), reopen=reopen))
 
 
 @contextmanager
@@ -279,7 +319,15 @@ def _checked(
             stack.callback(refill.close)
         products = CheckedProducts(exact, checks.checkers, pool, meter)
         llama = Llama(model.architecture, ExactOps(packed, products, meter))
-        loaded = _in_turns(llama, meter, _cutting(config, shared_cores=_shares_cores(worker, welcomes[0])))
+        shared = _shares_cores(worker, welcomes[0])
+        stepper = Stepper(
+            llama,
+            groups=_groups(config, shared_cores=shared),
+            pool=pool,
+            paused=refill.paused if refill else nullcontext,
+            reopen=exact.open_again,
+        )
+        loaded = replace(_in_turns(llama, meter, _cutting(config, shared_cores=shared)), stepper=stepper)
         yield _with_refill(loaded, refill) if refill else loaded
 
 
@@ -300,6 +348,11 @@ def _cutting(config: EnclaveConfig, *, shared_cores: bool) -> Callable[[Tensor],
         return len(micro_batches(ids_BT.shape[0], ids_BT.shape[1], config.micro_batches or best))
 
     return count
+
+
+def _groups(config: EnclaveConfig, *, shared_cores: bool) -> int:
+    """Return into how many parts a step of generation is cut; see ``_cutting``."""
+    return config.micro_batches or (1 if shared_cores else 2)
 
 
 def _in_turns(model: Llama, meter: Meter, cut: Callable[[Tensor], int]) -> Runnable:

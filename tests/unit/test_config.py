@@ -123,7 +123,7 @@ def test_an_empty_key_is_a_mistake_and_not_a_link_in_clear(kind: Kind, name: str
     [
         ("[worker", "not valid TOML"),
         (b"[worker]\nmodel = '\xff'", "not valid TOML"),
-        ("[gpu]", r"unknown table \[gpu\]; known: enclave, worker"),
+        ("[gpu]", r"unknown table \[gpu\]; known: enclave, serve, worker"),
         ("port = 1", r"unknown table \[port\]"),
         ("worker = 5", "worker is not a table"),
         ("[worker]\nprot = 1", r"unknown key 'prot' in \[worker\]; known: .*port"),

@@ -7,10 +7,13 @@ import typer
 from tsqp.cli.audit import audit
 from tsqp.cli.bench import bench
 from tsqp.cli.dealer import dealer
+from tsqp.cli.demo import demo
 from tsqp.cli.doctor import doctor
+from tsqp.cli.generate import generate
 from tsqp.cli.keys import keys
 from tsqp.cli.pack import pack
 from tsqp.cli.prefill import prefill
+from tsqp.cli.serve import serve
 from tsqp.cli.worker import worker
 
 app = typer.Typer(
@@ -20,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (worker, dealer, prefill, pack, audit, doctor):
+for command in (worker, dealer, prefill, generate, serve, demo, pack, audit, doctor):
     app.command()(command)
 for group in (keys, bench):
     app.add_typer(group)

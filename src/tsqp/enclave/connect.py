@@ -101,7 +101,9 @@ def meet_again(
 
 
 @contextmanager
-def connect(peer: Peer, config: EnclaveConfig, architecture: LlamaConfig, digest: str) -> Iterator[Link]:
+def connect(
+    peer: Peer, config: EnclaveConfig, architecture: LlamaConfig, digest: str, meter: Meter | None = None
+) -> Iterator[Link]:
     """Connect to a worker at the level `open` for the time of a ``with`` block.
 
     Args:
@@ -109,6 +111,7 @@ def connect(peer: Peer, config: EnclaveConfig, architecture: LlamaConfig, digest
         config: timeouts, dtype and wire dtype.
         architecture: the model's architecture.
         digest: the model's digest.
+        meter: where the session's costs are counted.
 
     Raises:
         TsqpError: as ``meet``.
@@ -117,7 +120,7 @@ def connect(peer: Peer, config: EnclaveConfig, architecture: LlamaConfig, digest
     expected = Expected(
         serves="open", digest=digest, dtype=config.dtype, groups=linear_groups(architecture), wire_dtype=wire_dtype
     )
-    session, welcome = meet(peer, config, expected)
+    session, welcome = meet(peer, config, expected, meter)
     try:
         yield Link(session, OpenOps(session, architecture, codec.TORCH_DTYPES[wire_dtype]), welcome)
     finally:

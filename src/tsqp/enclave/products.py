@@ -153,6 +153,15 @@ class ExactWorker:
             self._lose()
             raise
 
+    def open_again(self) -> None:
+        """Open the link if it was lost; the next product would.
+
+        Raises:
+            TransportError, HostileError, ModelMismatchError: as ``open_session``.
+        """
+        if self._lost:
+            self.session, self._lost = self._open_session(), False
+
     def _lose(self) -> None:
         if not self._lost:
             self.session.close()

@@ -1,7 +1,7 @@
 """Causal self-attention. It stays in the enclave unless its two products are sent out on request.
 
-Shapes: B batch, T tokens that ask, S tokens that are looked at (the last T of them are those that ask), N query heads,
-G key-value heads, H head size.
+Shapes: B batch, T tokens that ask, S tokens that are looked at (the last T of them are those that ask), M rows of a
+step, N query heads, G key-value heads, H head size.
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsqp.arith import native
+from tsqp.arith.paging import BLOCK_TOKENS, Segments
+
+__all__ = [
+    "BLOCK_TOKENS",
+    "MatMul",
+    "Segments",
+    "causal_attention",
+    "causal_mask",
+    "offloaded_attention",
+    "paged_attention",
+]
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 
 # Queries at a time: each block looks at the keys up to its own end, and none of the later half of a long prompt is
 # multiplied for nothing. Of 16 to 256 this was the fastest, for prompts from 128 tokens (docs/performance.md).
 _BLOCK = 64
-
-
-# The native kernel computes so many queries at a time; for fewer, as in decode, PyTorch's operator is faster.
-_LANES = 16
 
 
 def causal_mask(tokens: int, total: int) -> Tensor:
@@ -49,13 +56,48 @@ def causal_attention(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int
         v_BGSH: values of all S.
         wanted: for how many of the T tokens. Their results are the same bits, however many they are.
     """
-    tokens, total = q_BTNH.shape[1], k_BGSH.shape[2]
+    tokens = q_BTNH.shape[1]
     kernels = native.kernels()
-    if kernels and kernels.attends and tokens >= _LANES:
+    if kernels and kernels.attends:
         y_BTNH = torch.empty(len(q_BTNH), wanted, *q_BTNH.shape[2:])
         kernels.attend(q_BTNH[:, tokens - wanted :], k_BGSH, v_BGSH, y_BTNH)
         return y_BTNH.flatten(2)
-    mask = _block_mask(max(_BLOCK, 1 << (total - 1).bit_length()))
+    return _by_operators(q_BTNH, k_BGSH, v_BGSH, wanted).flatten(2)
+
+
+def paged_attention(q_MNH: Tensor, pool: Tensor, segments: Segments, out_MNH: Tensor) -> None:
+    """Store the same for the rows of a step, whose keys and values lie in a layer's pool.
+
+    A row's result depends on its own sequence only. With the native kernel it is that of ``causal_attention`` for the
+    whole prompt, bit for bit, however the prompt is cut. PyTorch's operators, one call a segment and block of queries,
+    round differently where a segment is longer or shorter, or with another number of threads.
+
+    Args:
+        q_MNH: queries, float32.
+        pool: keys and values, shape (blocks, 2, G, BLOCK_TOKENS, H), those of these rows included.
+        segments: what the rows are.
+        out_MNH: float32, contiguous; rows of no segment are left as they are.
+
+    Raises:
+        ExactnessError: shapes or layouts that do not fit, or segments that need more rows or blocks than there are.
+    """
+    kernels = native.kernels()
+    if kernels and kernels.attends:
+        kernels.attend_paged(q_MNH, pool, segments, out_MNH)
+        return
+    segments.check_fits(len(q_MNH), len(pool))
+    for row, tokens, first, offset, length in segments.spans_S5.tolist():
+        kv = pool[segments.tables[offset : offset + length]]
+        k_1GSH, v_1GSH = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None, :, : first + tokens]
+        # A copy, as keys and values are: a product's rounding may depend on where its operands are aligned.
+        q_1TNH = q_MNH[None, row : row + tokens].clone(memory_format=torch.contiguous_format)
+        out_MNH[row : row + tokens] = _by_operators(q_1TNH, k_1GSH, v_1GSH, tokens)[0]
+
+
+def _by_operators(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:
+    """Compute ``causal_attention`` by PyTorch's, shape (B, wanted, N, H)."""
+    tokens, total = q_BTNH.shape[1], k_BGSH.shape[2]
+    mask = _block_mask(max(_BLOCK, 1 << max(total - 1, 0).bit_length()))
     y_BTNH = torch.empty_like(q_BTNH, memory_format=torch.contiguous_format)
     for first in range((tokens - wanted) // _BLOCK * _BLOCK, tokens, _BLOCK):
         end = min(tokens, first + _BLOCK)
@@ -68,7 +110,7 @@ def causal_attention(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int
             enable_gqa=k_BGSH.shape[1] != q_BTNH.shape[2],
         )
         y_BTNH[:, first:end] = y_BNTH.transpose(1, 2)
-    return y_BTNH[:, tokens - wanted :].flatten(2)
+    return y_BTNH[:, tokens - wanted :]
 
 
 def offloaded_attention(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int, matmul: MatMul) -> Tensor:

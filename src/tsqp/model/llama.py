@@ -1,13 +1,17 @@
 """LLaMA's forward pass, written once against ``LinearOps``.
 
-Shapes: B batch, T tokens, D hidden, F FFN, N query heads, G key-value heads, X = N + 2G heads of q, k and v together,
-E = X*H columns of them, H head size, V vocabulary, K a linear's input.
+It runs over rows, one for each token of some sequences. What belongs to sequences, their positions and the keys and
+values of earlier tokens, comes with the rows.
+
+Shapes: B batch, T tokens, M rows, R rows that logits are asked of, D hidden, F FFN, N query heads, G key-value heads,
+E = (N + 2G)*H columns of q, k and v together, H head size, V vocabulary, K a linear's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,25 +27,72 @@ from tsqp.model.overlap import MicroBatch, Pending, in_turns, micro_batches
 Steps = Generator[Pending, Tensor, Tensor]
 
 
+class Rows(Protocol):
+    """Tokens that are computed together, and what their sequences know of earlier ones."""
+
+    @property
+    def ids_M(self) -> Tensor:
+        """Return their ids, int64."""
+
+    @property
+    def positions_M(self) -> Tensor:
+        """Return their positions, int64."""
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Return the numbers of the rows that logits are asked of; None for all."""
+
+    def attend(self, layer: int, q_MNH: Tensor, k_MGH: Tensor, v_MGH: Tensor, *, last: bool) -> Tensor:
+        """Keep keys and values for later tokens, and return what attention makes of them and of earlier ones.
+
+        Returns:
+            Shape (M, N*H); for the ``last`` layer (R, N*H), of the kept rows only.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Tokens of some sequences that are computed together.
+    """Tokens of some prompts of equal length, as ``Rows``.
 
     Attributes:
         ids_BT: their ids.
         first: position of the first one.
         cache: keys and values of the tokens before, and of these for the tokens after; None for a whole prompt.
         wanted: of how many of the last positions logits are asked for.
+        model: computes attention.
     """
 
     ids_BT: Tensor
     first: int
     cache: KVCache | None
     wanted: int
+    model: Llama
 
-    def kept(self, x_BTK: Tensor) -> Tensor:
-        """Drop the positions that nothing is asked of, once the last layer's attention has read them."""
-        return x_BTK[:, x_BTK.shape[1] - self.wanted :]
+    @property
+    def ids_M(self) -> Tensor:
+        return self.ids_BT.reshape(-1)
+
+    @property
+    def positions_M(self) -> Tensor:
+        batch, tokens = self.ids_BT.shape
+        return torch.arange(self.first, self.first + tokens).repeat(batch)
+
+    @property
+    def kept(self) -> Tensor | None:
+        batch, tokens = self.ids_BT.shape
+        if self.wanted == tokens:
+            return None
+        return torch.arange(batch * tokens).view(batch, tokens)[:, tokens - self.wanted :].flatten()
+
+    def attend(self, layer: int, q_MNH: Tensor, k_MGH: Tensor, v_MGH: Tensor, *, last: bool) -> Tensor:
+        batch, tokens = self.ids_BT.shape
+        q_BTNH, k_BTGH, v_BTGH = (rows.unflatten(0, (batch, tokens)) for rows in (q_MNH, k_MGH, v_MGH))
+        if self.cache is None:
+            k_BGSH, v_BGSH = k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2)
+        else:
+            k_BGSH, v_BGSH = self.cache.extend(layer, self.first, k_BTGH, v_BTGH)
+        wanted = self.wanted if last else tokens
+        return self.model.attention(q_BTNH, k_BGSH, v_BGSH, wanted).flatten(0, 1)
 
 
 class Llama:
@@ -59,6 +110,10 @@ class Llama:
         self._norms = ops.state()
         self._rotary = RotaryTable(config)
         self._offload_attention = offload_attention
+
+    def use(self, ops: LinearOps) -> None:
+        """Let others compute the linear layers from now on: of the same model, after a link was lost."""
+        self._ops = ops
 
     @torch.inference_mode()
     def prefill(self, ids_BT: Tensor, *, all_logits: bool = False, parts: int = 1) -> Tensor:
@@ -79,13 +134,26 @@ class Llama:
             raise InputError("the batch has no prompts; it takes at least 1.")
         check_prompt_length(ids_BT.shape[1], self.config)
         cut = micro_batches(ids_BT.shape[0], ids_BT.shape[1], parts)
-        logits = in_turns([self._run(chunk) for chunk in self._chunks(ids_BT, cut, all_logits)], self._ops.abandon)
+        logits = self.run(list(self._chunks(ids_BT, cut, all_logits)))
+        sizes = [part.sequences.stop - part.sequences.start for part in cut]
+        shaped = [y_RV.unflatten(0, (size, y_RV.shape[0] // size)) for size, y_RV in zip(sizes, logits, strict=True)]
         groups = len({part.sequences.start for part in cut})
         if not all_logits:
-            return torch.cat(logits[-groups:])[:, 0]
-        return torch.cat([torch.cat(logits[group::groups], dim=1) for group in range(groups)])
+            return torch.cat(shaped[-groups:])[:, 0]
+        return torch.cat([torch.cat(shaped[group::groups], dim=1) for group in range(groups)])
 
-    def _chunks(self, ids_BT: Tensor, cut: list[MicroBatch], all_logits: bool) -> Iterator[_Chunk]:  # noqa: FBT001
+    @torch.inference_mode()
+    def run(self, parts: Sequence[Rows]) -> list[Tensor]:
+        """Run sets of rows that take turns: while the product of one is away, another is computed here.
+
+        Of two parts with tokens of one sequence the earlier tokens come first.
+
+        Returns:
+            float32 logits of each part's kept rows, shape (R, V).
+        """
+        return in_turns([self._run(rows) for rows in parts], self._ops.abandon)
+
+    def _chunks(self, ids_BT: Tensor, cut: list[MicroBatch], all_logits: bool) -> Iterator[Rows]:  # noqa: FBT001
         tokens = ids_BT.shape[1]
         caches: dict[int, KVCache] = {}
         for part in cut:
@@ -97,49 +165,40 @@ class Llama:
                 first=part.first,
                 cache=caches.get(part.sequences.start),
                 wanted=ids.shape[1] if all_logits else int(part.end == tokens),
+                model=self,
             )
 
-    def _run(self, chunk: _Chunk) -> Steps:
-        """Compute one chunk's logits, shape (B, wanted, V)."""
-        x_MD = yield self._ops.embedding(chunk.ids_BT.reshape(-1))
-        x_BTD = x_MD.view(*chunk.ids_BT.shape, -1)
-        for index in range(self.config.layers):
-            normed = self._norm(f"model.layers.{index}.input_layernorm", x_BTD)
-            qkv_BTE = yield from self._linear(f"layers.{index}.qkv", normed)
-            q_BTNH, k_BGSH, v_BGSH = self._heads(qkv_BTE, index, chunk)
-            if index == self.config.layers - 1:
-                x_BTD = chunk.kept(x_BTD)
-                if not chunk.wanted:
-                    return x_BTD
-            attended = self._attention(q_BTNH, k_BGSH, v_BGSH, x_BTD.shape[1])
-            x_BTD = (yield from self._linear(f"layers.{index}.o", attended)).add_(x_BTD)
-            normed = self._norm(f"model.layers.{index}.post_attention_layernorm", x_BTD)
-            hidden_BTF = swiglu((yield from self._linear(f"layers.{index}.gate_up", normed)))
-            x_BTD = (yield from self._linear(f"layers.{index}.down", hidden_BTF)).add_(x_BTD)
-        return (yield from self._linear("head", self._norm("model.norm", x_BTD)))
+    def _run(self, rows: Rows) -> Steps:
+        """Compute the kept rows' logits, shape (R, V)."""
+        config, kept = self.config, rows.kept
+        cos_MH, sin_MH = self._rotary.at(rows.positions_M)
+        x_MD = yield self._ops.embedding(rows.ids_M)
+        for index in range(config.layers):
+            last = index == config.layers - 1
+            normed = self._norm(f"model.layers.{index}.input_layernorm", x_MD)
+            qkv_ME = yield self._ops.linear(f"layers.{index}.qkv", normed)
+            heads_MXH = qkv_ME.unflatten(-1, (-1, config.head_size))
+            rotated, v_MGH = heads_MXH.split((config.heads + config.kv_heads, config.kv_heads), dim=1)
+            q_MNH, k_MGH = rotate(rotated, cos_MH, sin_MH).split((config.heads, config.kv_heads), dim=1)
+            attended = rows.attend(index, q_MNH, k_MGH, v_MGH, last=last)
+            if last and kept is not None:
+                x_MD = x_MD[kept]
+                if not len(kept):
+                    return x_MD.new_empty(0, config.vocab_size)
+            x_MD = (yield self._ops.linear(f"layers.{index}.o", attended)).add_(x_MD)
+            normed = self._norm(f"model.layers.{index}.post_attention_layernorm", x_MD)
+            hidden_MF = swiglu((yield self._ops.linear(f"layers.{index}.gate_up", normed)))
+            x_MD = (yield self._ops.linear(f"layers.{index}.down", hidden_MF)).add_(x_MD)
+        return (yield self._ops.linear("head", self._norm("model.norm", x_MD)))
 
-    def _heads(self, qkv_BTE: Tensor, layer: int, chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, T, N, H), and keys and values (B, G, S, H) of these and all earlier tokens."""
-        config = self.config
-        heads_BTXH = qkv_BTE.unflatten(-1, (-1, config.head_size))
-        rotated, v_BTGH = heads_BTXH.split((config.heads + config.kv_heads, config.kv_heads), dim=2)
-        angles = self._rotary.between(chunk.first, chunk.first + qkv_BTE.shape[1])
-        q_BTNH, k_BTGH = rotate(rotated, *angles).split((config.heads, config.kv_heads), dim=2)
-        if chunk.cache is None:
-            return q_BTNH, k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2)
-        return q_BTNH, *chunk.cache.extend(layer, chunk.first, k_BTGH, v_BTGH)
-
-    def _attention(self, q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:
+    def attention(self, q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:
+        """Compute attention here, or send its products away; see ``causal_attention``."""
         if self._offload_attention:
             return offloaded_attention(q_BTNH, k_BGSH, v_BGSH, wanted, self._ops.matmul)
         return causal_attention(q_BTNH, k_BGSH, v_BGSH, wanted)
 
-    def _norm(self, name: str, x_BTD: Tensor) -> Tensor:
-        return rms_norm(x_BTD, self._norms[f"{name}.weight"], self.config.rms_norm_eps)
-
-    def _linear(self, group: str, x_BTK: Tensor) -> Steps:
-        y_MN = yield self._ops.linear(group, x_BTK.flatten(0, 1))
-        return y_MN.view(*x_BTK.shape[:2], y_MN.shape[-1])
+    def _norm(self, name: str, x_MD: Tensor) -> Tensor:
+        return rms_norm(x_MD, self._norms[f"{name}.weight"], self.config.rms_norm_eps)
 
 
 def check_prompt_length(tokens: int, config: LlamaConfig) -> None:

@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
+#include <stdlib.h>
 
 #include "native.h"
 
@@ -137,28 +138,133 @@ static PyObject *dots(PyObject *self, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
-static PyObject *attend_rows(PyObject *self, PyObject *arguments)
+/* Releases the interpreter's lock, computes, frees the segments. */
+static PyObject *attended(const struct attention *attention, struct segment *segments, size_t count, int threads)
+{
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = best_isa() < AVX512_VNNI || attend(attention, segments, count, threads);
+    Py_END_ALLOW_THREADS
+    free(segments);
+    return failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
+}
+
+static PyObject *attend_whole(PyObject *self, PyObject *arguments)
 {
     address q, k, v, out;
-    Py_ssize_t sizes[6], q_by[3], k_by[3], v_by[3];
-    int threads, failed;
+    Py_ssize_t batch, tokens, total, heads, kv_heads, size, q_by[3], k_by[3], v_by[3];
+    int threads;
     (void)self;
-    if (!PyArg_ParseTuple(arguments, "KKKK(nnnnnn)(nnn)(nnn)(nnn)i", &q, &k, &v, &out, &sizes[0], &sizes[1], &sizes[2],
-                          &sizes[3], &sizes[4], &sizes[5], &q_by[0], &q_by[1], &q_by[2], &k_by[0], &k_by[1], &k_by[2],
-                          &v_by[0], &v_by[1], &v_by[2], &threads))
+    if (!PyArg_ParseTuple(arguments, "KKKK(nnnnnn)(nnn)(nnn)(nnn)i", &q, &k, &v, &out, &batch, &tokens, &total, &heads,
+                          &kv_heads, &size, &q_by[0], &q_by[1], &q_by[2], &k_by[0], &k_by[1], &k_by[2], &v_by[0], &v_by[1],
+                          &v_by[2], &threads))
         return NULL;
     const struct attention attention = {
-        ADDRESS(const float *, q), ADDRESS(const float *, k), ADDRESS(const float *, v), ADDRESS(float *, out),
-        (size_t)sizes[0],          (size_t)sizes[1],          (size_t)sizes[2],          (size_t)sizes[3],
-        (size_t)sizes[4],          (size_t)sizes[5],          (size_t)q_by[0],           (size_t)q_by[1],
-        (size_t)q_by[2],           (size_t)k_by[0],           (size_t)k_by[1],           (size_t)k_by[2],
-        (size_t)v_by[0],           (size_t)v_by[1],           (size_t)v_by[2],
+        .heads = (size_t)heads,    .kv_heads = (size_t)kv_heads, .head_size = (size_t)size,
+        .q_token = (size_t)q_by[1], .q_head = (size_t)q_by[2],
+        .k_block = TSQP_KV_BLOCK * (size_t)k_by[2], .k_head = (size_t)k_by[1], .k_token = (size_t)k_by[2],
+        .v_block = TSQP_KV_BLOCK * (size_t)v_by[2], .v_head = (size_t)v_by[1], .v_token = (size_t)v_by[2],
+    };
+    struct segment *segments = malloc(((size_t)batch + 1) * sizeof *segments);
+    if (!segments)
+        return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < batch; i++)
+        segments[i] = (struct segment){
+            .q = ADDRESS(const float *, q) + i * q_by[0],
+            .k = ADDRESS(const float *, k) + i * k_by[0],
+            .v = ADDRESS(const float *, v) + i * v_by[0],
+            .out = ADDRESS(float *, out) + i * tokens * heads * size,
+            .tokens = (size_t)tokens,
+            .first = (size_t)(total - tokens),
+        };
+    return attended(&attention, segments, (size_t)batch, threads);
+}
+
+static PyObject *attend_paged(PyObject *self, PyObject *arguments)
+{
+    address q, pool, spans, tables, out;
+    Py_ssize_t count, heads, kv_heads, size, q_token, q_head, block;
+    int threads;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKKK(nnnn)(nn)ni", &q, &pool, &spans, &tables, &out, &count, &heads, &kv_heads, &size,
+                          &q_token, &q_head, &block, &threads))
+        return NULL;
+    const size_t head = TSQP_KV_BLOCK * (size_t)size;
+    const struct attention attention = {
+        .heads = (size_t)heads,    .kv_heads = (size_t)kv_heads, .head_size = (size_t)size,
+        .q_token = (size_t)q_token, .q_head = (size_t)q_head,
+        .k_block = (size_t)block,  .k_head = head,               .k_token = (size_t)size,
+        .v_block = (size_t)block,  .v_head = head,               .v_token = (size_t)size,
+    };
+    struct segment *segments = malloc(((size_t)count + 1) * sizeof *segments);
+    if (!segments)
+        return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const int32_t *span = ADDRESS(const int32_t *, spans) + 5 * i; /* row, tokens, first, where the table begins, length */
+        segments[i] = (struct segment){
+            .q = ADDRESS(const float *, q) + span[0] * q_token,
+            .k = ADDRESS(const float *, pool),
+            .v = ADDRESS(const float *, pool) + attention.kv_heads * head,
+            .table = ADDRESS(const int32_t *, tables) + span[3],
+            .out = ADDRESS(float *, out) + span[0] * heads * size,
+            .tokens = (size_t)span[1],
+            .first = (size_t)span[2],
+        };
+    }
+    return attended(&attention, segments, (size_t)count, threads);
+}
+
+static PyObject *rms_norm(PyObject *self, PyObject *arguments)
+{
+    address x, added, weight, out;
+    double eps;
+    Py_ssize_t rows, size;
+    int isa, threads;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKdKnnii", &x, &added, &weight, &eps, &out, &rows, &size, &isa, &threads))
+        return NULL;
+    const struct norms norms = {
+        ADDRESS(float *, x), ADDRESS(const float *, added), ADDRESS(const float *, weight), eps,
+        ADDRESS(float *, out), (size_t)rows, (size_t)size,
     };
     Py_BEGIN_ALLOW_THREADS
-    failed = best_isa() < AVX512_VNNI || attend(&attention, threads);
+    norm_rows(&norms, possible(isa), threads);
     Py_END_ALLOW_THREADS
-    if (failed)
-        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *swiglu(PyObject *self, PyObject *arguments)
+{
+    address gate_up, out;
+    Py_ssize_t rows, size;
+    int isa, threads;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKnnii", &gate_up, &out, &rows, &size, &isa, &threads))
+        return NULL;
+    const struct gates gates = {ADDRESS(const float *, gate_up), ADDRESS(float *, out), (size_t)rows, (size_t)size};
+    Py_BEGIN_ALLOW_THREADS
+    swiglu_rows(&gates, possible(isa), threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *rotate(PyObject *self, PyObject *arguments)
+{
+    address x, cosine, sine, out;
+    Py_ssize_t rows, heads, size, x_row, x_head, out_row, out_head;
+    int isa, threads;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKK(nnn)(nn)(nn)ii", &x, &cosine, &sine, &out, &rows, &heads, &size, &x_row, &x_head,
+                          &out_row, &out_head, &isa, &threads))
+        return NULL;
+    const struct rotation rotation = {
+        ADDRESS(const float *, x), ADDRESS(const float *, cosine), ADDRESS(const float *, sine), ADDRESS(float *, out),
+        (size_t)rows,              (size_t)heads,                  (size_t)size,                 (size_t)x_row,
+        (size_t)x_head,            (size_t)out_row,                (size_t)out_head,
+    };
+    Py_BEGIN_ALLOW_THREADS
+    rotate_rows(&rotation, possible(isa), threads);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
@@ -169,7 +275,11 @@ static PyMethodDef methods[] = {
     {"quantize", quantize, METH_VARARGS, "Scale and round rows; return how many are not finite."},
     {"dequantize", dequantize, METH_VARARGS, "Scale rows of integers back."},
     {"dots", dots, METH_VARARGS, "Sum products of rows with a vector modulo 2^61 - 1."},
-    {"attend", attend_rows, METH_VARARGS, "Compute causal attention."},
+    {"attend", attend_whole, METH_VARARGS, "Compute causal attention over contiguous keys and values."},
+    {"attend_paged", attend_paged, METH_VARARGS, "Compute causal attention over keys and values in a pool's blocks."},
+    {"rms_norm", rms_norm, METH_VARARGS, "Add to rows, and scale them to unit root mean square."},
+    {"swiglu", swiglu, METH_VARARGS, "Multiply SiLU of the first half of rows by the second."},
+    {"rotate", rotate, METH_VARARGS, "Apply rotary embedding to rows of heads."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -87,17 +87,53 @@ struct dots {
 };
 void field_dots(const struct dots *dots, enum isa isa, int threads);
 
-/* out = softmax(q k^T / sqrt(head size)) v, causal, for the last tokens of total (attention.c). Strides are in elements;
- * the last dimension is contiguous. Returns 0, or -1 where there is no memory, or no AVX-512. */
+/* Causal attention of some sequences' tokens (attention.c). Strides are in elements; head sizes are contiguous. Keys and
+ * values lie in blocks of TSQP_KV_BLOCK tokens. */
+#define TSQP_KV_BLOCK 64
 struct attention {
-    const float *q;                  /* (batch, tokens, heads, head size) */
-    const float *k, *v;              /* (batch, key-value heads, total, head size) */
-    float *out;                      /* (batch, tokens, heads, head size), contiguous */
-    size_t batch, tokens, total, heads, kv_heads, head_size;
-    size_t q_batch, q_token, q_head; /* strides */
-    size_t k_batch, k_head, k_token;
-    size_t v_batch, v_head, v_token;
+    size_t heads, kv_heads, head_size;
+    size_t q_token, q_head; /* strides */
+    size_t k_block, k_head, k_token;
+    size_t v_block, v_head, v_token;
 };
-int attend(const struct attention *attention, int threads);
+/* Tokens at positions first, first + 1, ... of one sequence; each sees the keys up to its own position. */
+struct segment {
+    const float *q;       /* (tokens, heads, head size) */
+    const float *k, *v;   /* of block 0: (key-value heads, TSQP_KV_BLOCK, head size) */
+    const int32_t *table; /* numbers of the sequence's blocks; or NULL: they are 0, 1, 2, ... */
+    float *out;           /* (tokens, heads, head size), contiguous */
+    size_t tokens, first;
+};
+/* Returns 0, or -1 where there is no memory, or no AVX-512. */
+int attend(const struct attention *attention, const struct segment *segments, size_t count, int threads);
+
+/* Layers between products, row by row (layers.c). norm_rows: x += added, unless NULL; out = x / rms(x) weight. */
+struct norms {
+    float *x;           /* (rows, size) */
+    const float *added; /* (rows, size), or NULL */
+    const float *weight; /* (size) */
+    double eps;
+    float *out; /* (rows, size); apart from the others */
+    size_t rows, size;
+};
+void norm_rows(const struct norms *norms, enum isa isa, int threads);
+
+/* out = SiLU(gate) up. */
+struct gates {
+    const float *gate_up; /* (rows, 2, size) */
+    float *out;           /* (rows, size) */
+    size_t rows, size;
+};
+void swiglu_rows(const struct gates *gates, enum isa isa, int threads);
+
+/* out[i] = x[i] cosine[i] + x[i +- head size / 2] sine[i], for every head; out may be x. */
+struct rotation {
+    const float *x;             /* (rows, heads, head size) */
+    const float *cosine, *sine; /* (rows, head size) */
+    float *out;                 /* (rows, heads, head size) */
+    size_t rows, heads, head_size;
+    size_t x_row, x_head, out_row, out_head; /* strides, in elements */
+};
+void rotate_rows(const struct rotation *rotation, enum isa isa, int threads);
 
 #endif

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import time
+from collections.abc import Callable
 
 from tsqp.errors import ProtocolError
 from tsqp.transport.link import MAX_DATAGRAM, PAGE
@@ -22,10 +23,10 @@ class SocketBell:
 
     Args:
         connection: of type ``SOCK_SEQPACKET``, connected; the bell owns it.
-        spin_s: how long to wait without going to sleep, while whoever wants the core has it.
+        spin_s: gives how long to wait without going to sleep, while whoever wants the core has it.
     """
 
-    def __init__(self, connection: socket.socket, spin_s: float = 0.0) -> None:
+    def __init__(self, connection: socket.socket, spin_s: Callable[[], float] = lambda: 0.0) -> None:
         connection.setblocking(False)
         self._connection = connection
         self._spin_s = spin_s
@@ -50,12 +51,13 @@ class SocketBell:
 
     def wait(self, limit_s: float) -> bool:
         """See ``Doorbell.wait``. The end of the connection counts as a datagram, which ``receive`` then raises."""
-        end = time.perf_counter() + min(limit_s, self._spin_s)
+        spin_s = min(limit_s, self._spin_s())
+        end = time.perf_counter() + spin_s
         while time.perf_counter() < end:
             if self._poll.poll(0):
                 return True
             os.sched_yield()
-        return bool(self._poll.poll(1000 * max(0.0, limit_s - self._spin_s)))
+        return bool(self._poll.poll(1000 * (limit_s - spin_s)))
 
     def close(self) -> None:
         """See ``Doorbell.close``."""

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+import weakref
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -40,6 +41,9 @@ _LINK_ERRORS = (EOFError, OSError, ProtocolError)
 
 _log = logging.getLogger(__name__)
 
+# The links of this process that are open.
+_clients: weakref.WeakSet[ShmClient] = weakref.WeakSet()
+
 
 class ShmClient:
     """An enclave's link to a worker on the same machine.
@@ -53,6 +57,7 @@ class ShmClient:
     def __init__(self, peer: str, link: Link, *, own_region: bool) -> None:
         self.peer = peer
         self._link = link
+        _clients.add(self)
         self._own_region = own_region
 
     def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
@@ -108,6 +113,7 @@ class ShmClient:
     def close(self) -> None:
         """Close at once. May be called twice."""
         self._link.bell.close()
+        _clients.discard(self)
 
 
 def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
@@ -139,18 +145,17 @@ def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
         ) from error
     finally:
         os.close(descriptor)
-    return ShmClient(
-        str(endpoint), Link(SocketBell(connection, _client_spin_s()), region, client=True), own_region=True
-    )
+    return ShmClient(str(endpoint), Link(SocketBell(connection, _client_spin_s), region, client=True), own_region=True)
 
 
 def _client_spin_s() -> float:
     """Return how long a client spins for a reply: the time of a product of a short prefill.
 
     A core that goes to sleep in a virtual machine takes 0.05 ms and more to wake: for the reply, and for the second
-    thread of the product in between, which needs the same core. On a single core it would only delay the worker.
+    thread of the product in between, which needs the same core. On a single core it would only delay the worker, and
+    beside other links of this process their threads, which hold the interpreter's lock in turn.
     """
-    return 0.002 if available_cores() > 1 else 0.0
+    return 0.002 if available_cores() > 1 and len(_clients) == 1 else 0.0
 
 
 class ShmListener:

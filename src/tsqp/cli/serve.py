@@ -1,0 +1,199 @@
+"""``tsqp serve``: OpenAI's HTTP API before an enclave."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from tsqp import config as settings
+from tsqp.cli.reporting import notes, pool_rows, progress, reported
+from tsqp.config import WORKER_LEVELS, EnclaveConfig, ServeConfig
+from tsqp.errors import ConfigError, SetupError
+from tsqp.threads import set_threads, share_cores
+
+if TYPE_CHECKING:
+    import socket
+
+    from tsqp.engine.api import Engine
+    from tsqp.serve.served_model import ServedModel
+
+DEFAULT_LEVEL = "masked"
+LEVELS = ("masked", "verified", "open", "local")
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option(help="smollm2, a Hugging Face directory, a .gguf file or a packed model.", show_default="smollm2"),
+    ] = None,
+    level: Annotated[
+        str | None,
+        typer.Option(
+            help="masked: the worker sees uniform words only, and its results are checked. verified: checked. open: "
+            "the worker reads every prompt. local: no worker.",
+            show_default=DEFAULT_LEVEL,
+        ),
+    ] = None,
+    worker: Annotated[
+        list[str] | None, typer.Option(help="A worker's address, repeatable.", show_default="starts one of its own")
+    ] = None,
+    worker_key: Annotated[
+        str | None,
+        typer.Option(
+            help="The worker's public key, NAME.key or its text: encrypts the link.", show_default="a link in clear"
+        ),
+    ] = None,
+    masks: Annotated[
+        str | None,
+        typer.Option(help="masked: who computes mask products, enclave or dealers.", show_default="enclave"),
+    ] = None,
+    dealer: Annotated[
+        list[str] | None, typer.Option(help="masked: a dealer's address, repeatable.", show_default="none")
+    ] = None,
+    dealer_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Public key of each dealer, in order: NAME.key or its text.", show_default="links in clear"),
+    ] = None,
+    mask_pool: Annotated[
+        str | None,
+        typer.Option(help="masked: for how many tokens masks are kept ready.", show_default="by the batch"),
+    ] = None,
+    mask_memory: Annotated[
+        int | None, typer.Option(help="Bytes that the mask pool may take.", show_default="1 GiB")
+    ] = None,
+    codes: Annotated[
+        str | None,
+        typer.Option(help="A packed model to read the codes from.", show_default="streamed from the worker"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="float32")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8000")] = None,
+    served_model: Annotated[
+        str | None, typer.Option(help="What clients call the model.", show_default="its name")
+    ] = None,
+    api_keys: Annotated[
+        str | None, typer.Option(help="File of hashed API keys.", show_default="no key is asked for")
+    ] = None,
+    new_api_key: Annotated[
+        str | None,
+        typer.Option(help="Make a key of this name, add it to --api-keys, print it once, and end.", show_default=False),
+    ] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(help="Certificate and its chain, PEM.", show_default="HTTP in clear")
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Its key, PEM.", show_default=False)] = None,
+    padding: Annotated[
+        str | None, typer.Option(help="on or off: pad answers to few sizes.", show_default="on at masked")
+    ] = None,
+) -> None:
+    """Serve OpenAI's HTTP API: completions and chats, continued at any protection level. Stop it with Ctrl-C."""
+    with reported(as_json=False):
+        if new_api_key is not None:
+            _make_key(api_keys, new_api_key)
+            return
+        enclave = settings.load(
+            EnclaveConfig,
+            {
+                "model": model,
+                "level": level,
+                "worker": _only_worker(worker),
+                "worker_key": worker_key,
+                "masks": masks,
+                "dealers": tuple(dealer) if dealer else None,
+                "dealer_keys": tuple(dealer_key) if dealer_key else None,
+                "mask_pool": pool_rows(mask_pool),
+                "mask_memory": mask_memory,
+                "codes": codes,
+                "dtype": dtype,
+                "threads": threads,
+            },
+            defaults={"level": DEFAULT_LEVEL},
+        )
+        flags = {
+            "host": host,
+            "port": port,
+            "served_model": served_model,
+            "api_keys": api_keys,
+            "tls_cert": tls_cert,
+            "tls_key": tls_key,
+            "padding": padding,
+        }
+        _run(enclave, settings.load(ServeConfig, flags))
+
+
+def _make_key(file: str | None, name: str) -> None:
+    from tsqp.serve.keys import new_key
+
+    if file is None:
+        raise ConfigError("--new-api-key needs the file to add it to: give --api-keys FILE too.")
+    typer.echo(new_key(Path(file), name))
+    notes.print(escape(f"this is the only time the key is shown; {file} holds its hash."))
+
+
+def _only_worker(workers: list[str] | None) -> str | None:
+    if workers and len(workers) > 1:
+        raise ConfigError("several workers are not supported yet: give --worker once.")
+    return workers[0] if workers else None
+
+
+def _run(enclave: EnclaveConfig, served: ServeConfig) -> None:
+    """Refuse what is unsafe, take the address, then load the model and answer until stopped."""
+    if enclave.level not in LEVELS:
+        raise ConfigError(f"tsqp serve has no level {enclave.level}: choose one of {', '.join(LEVELS)}.")
+    if enclave.level in WORKER_LEVELS:
+        share_cores()
+    try:
+        from tsqp.serve.server import bind, check_exposure
+    except ModuleNotFoundError as error:
+        raise SetupError(f"{error.name} is not installed: run 'pip install tsqp[serve]'.") from error
+    from tsqp.serve.process import forbid_core_dumps
+
+    forbid_core_dumps()
+    check_exposure(served, _notice)
+    if enclave.level == "open":
+        notes.print("level open: the worker reads every prompt.")
+    with bind(served) as listening, ExitStack() as stack:
+        engine, model = _loaded(enclave, served, stack)
+        _answer(engine, model, served, listening)
+
+
+def _loaded(enclave: EnclaveConfig, served: ServeConfig, stack: ExitStack) -> tuple[Engine, ServedModel]:
+    """Open the model, start a worker where none is given, and the engine; the stack ends them in reverse."""
+    from tsqp.engine.loop import open_engine
+    from tsqp.launch import local_worker
+    from tsqp.levels import open_model
+    from tsqp.model.locate import model_name
+    from tsqp.serve import served_model
+
+    threads = set_threads(enclave.threads)
+    with progress() as step:
+        model = open_model(enclave.model, enclave.level, step)
+        name = served.served_model or model_name(enclave.model)
+        offered = served_model.served(model.tokenizer, model.architecture.vocab_size, name, enclave.level)
+        if enclave.level in WORKER_LEVELS and enclave.worker is None:
+            step("starting a worker", 0.0)
+            words = ["--model", str(model.directory), "--dtype", enclave.dtype, "--threads", str(threads)]
+            enclave = replace(enclave, worker=stack.enter_context(local_worker(words)))
+            step("starting a worker", 1.0)
+        engine: Engine = stack.enter_context(open_engine(model, enclave, on_step=step, on_notice=_notice))
+    return engine, offered
+
+
+def _answer(engine: Engine, model: ServedModel, served: ServeConfig, listening: socket.socket) -> None:
+    from tsqp.serve.app import create_app
+    from tsqp.serve.server import Server, url_of
+
+    def ready() -> None:
+        typer.echo(f"{model.name}, level {model.level}: listening on {url_of(listening, served)}; Ctrl-C stops")
+
+    Server(create_app(engine, model, served), engine, served, ready).run(sockets=[listening])
+
+
+def _notice(sentence: str) -> None:
+    notes.print(escape(sentence))

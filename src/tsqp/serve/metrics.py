@@ -1,0 +1,90 @@
+"""What ``/metrics`` tells, in Prometheus' text form: counts and times, never a word of a prompt or an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tsqp.engine.api import Engine, EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_FIRST_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
+_TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+_GAUGES = {
+    "running": "Generations that run.",
+    "queued": "Generations that wait.",
+    "blocks_free": "Free blocks of the KV cache.",
+    "blocks_total": "Blocks of the KV cache.",
+    "batch_rows": "Rows of the last step.",
+    "pool_held": "Rows of mask products that are ready, over all linears.",
+    "pool_wanted": "Rows of mask products that the pool is to hold.",
+}
+_COUNTERS = {
+    "steps": "Steps of the engine.",
+    "prompt_tokens": "Tokens of prompts that were computed.",
+    "completion_tokens": "Tokens that were generated.",
+    "reused_tokens": "Tokens of prompts that were found in the prefix cache.",
+    "bytes_sent": "Bytes to the worker.",
+    "bytes_received": "Bytes from the worker.",
+    "integrity_failures": "Products of the worker that were wrong.",
+}
+
+
+class Metrics:
+    """The counters of one server.
+
+    Args:
+        engine: asked for its own counts at each reading.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "tsqp_http_requests", "HTTP requests that ended.", ("path", "status"), registry=self._registry
+        )
+        self.in_flight = Gauge(
+            "tsqp_http_generations_in_flight", "HTTP requests for text that run.", registry=self._registry
+        )
+        self.first_token_s = Histogram(
+            "tsqp_time_to_first_token_seconds",
+            "From a request's submission to its first token.",
+            buckets=_FIRST_S,
+            registry=self._registry,
+        )
+        self.token_s = Histogram(
+            "tsqp_time_per_token_seconds", "Between two tokens.", buckets=_TOKEN_S, registry=self._registry
+        )
+        self._registry.register(_EngineCollector(engine))
+
+    def text(self) -> bytes:
+        """Return all of it."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def describe(self) -> Iterable[Metric]:
+        """Promise no names beforehand: the engine is not asked when this is registered."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(f"tsqp_engine_{name}", text, value=getattr(stats, name))
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"tsqp_engine_{name}", text, value=getattr(stats, name))
+        yield GaugeMetricFamily("tsqp_engine_ready", "1 where requests can be served.", value=int(stats.ready))
+        yield _parts(stats)
+
+
+def _parts(stats: EngineStats) -> CounterMetricFamily:
+    family = CounterMetricFamily("tsqp_engine_part_seconds", "Time by part.", labels=("part",))
+    for part, seconds in stats.seconds.items():
+        family.add_metric((part,), seconds)
+    return family

@@ -1,0 +1,164 @@
+"""Runs the application under uvicorn: a socket that is bound early, TLS, and an end that lets requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+from fastapi import FastAPI
+
+from tsqp.config import ServeConfig
+from tsqp.engine.api import Engine
+from tsqp.errors import ConfigError
+from tsqp.tee import tee_name
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# For answers to be written after the engine has ended them.
+_LAST_WORDS_S = 5.0
+_BACKLOG = 1024
+
+
+def check_exposure(settings: ServeConfig, on_notice: Callable[[str], None]) -> None:
+    """Refuse to serve strangers, and prompts in clear out of a TEE.
+
+    Args:
+        settings: host, keys and TLS.
+        on_notice: told in a sentence what the user should know.
+
+    Raises:
+        ConfigError: others could use the server without a key, or half of a TLS key pair is missing.
+    """
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise ConfigError("TLS needs both a certificate and its key: give --tls-cert and --tls-key.")
+    if settings.tls_cert is not None:
+        _check_certificate(settings)
+    if _is_loopback(settings.host):
+        return
+    if settings.api_keys is None:
+        raise ConfigError(
+            f"{settings.host} can be reached from elsewhere, and there are no API keys: give --api-keys FILE "
+            "('tsqp serve --api-keys FILE --new-api-key NAME' makes one), or serve on 127.0.0.1."
+        )
+    if settings.tls_cert is None:
+        sentence = f"prompts and answers travel to and from {settings.host} unencrypted: give --tls-cert and --tls-key."
+        if (tee := tee_name()) is not None:
+            raise ConfigError(f"inside {tee}, {sentence}")
+        on_notice(sentence)
+
+
+def bind(settings: ServeConfig) -> socket.socket:
+    """Take the address before anything that takes time is done.
+
+    Raises:
+        ConfigError: it is not one of this machine, or taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        taken = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"host {settings.host} cannot be resolved: {error.strerror}.") from error
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except OSError as error:
+        taken.close()
+        raise ConfigError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}. Choose another --port."
+        ) from error
+    return taken
+
+
+def url_of(listening: socket.socket, settings: ServeConfig) -> str:
+    """Return the address to give to people."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{'https' if settings.tls_cert else 'http'}://{host}:{listening.getsockname()[1]}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with an end in which the engine takes no more requests and finishes those that run.
+
+    Args:
+        app: from ``create_app``.
+        engine: to close at the end.
+        settings: TLS and ``drain_s``.
+        on_ready: called once requests are accepted.
+    """
+
+    def __init__(
+        self, app: FastAPI, engine: Engine, settings: ServeConfig, on_ready: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                log_level=logging.WARNING,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                ssl_certfile=settings.tls_cert,
+                ssl_keyfile=settings.tls_key,
+                timeout_graceful_shutdown=int(settings.drain_s + _LAST_WORDS_S) + 1,
+            )
+        )
+        self._app, self._engine, self._drain_s, self._on_ready = app, engine, settings.drain_s, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the engine, which ends every answer, while connections are still served."""
+        self._app.state.stopping.set()
+        closing = asyncio.ensure_future(asyncio.to_thread(self._engine.close, drain_s=self._drain_s))
+        await super().shutdown(sockets)
+        await closing
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on Ctrl-C and SIGTERM. Unlike uvicorn's own, this does not raise them again: stopping is no failure."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _check_certificate(settings: ServeConfig) -> None:
+    def refuse_password() -> str:
+        raise ConfigError(f"{settings.tls_key} is encrypted with a password: give a key without one.")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            settings.tls_cert or "", settings.tls_key, password=refuse_password
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{settings.tls_cert} and {settings.tls_key} are no certificate and its key in PEM form: "
+            f"{getattr(error, 'reason', None) or error.args[-1]}."
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

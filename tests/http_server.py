@@ -1,0 +1,58 @@
+"""Runs the HTTP server before a ``FakeEngine`` in a thread of the test's process, on a free port."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fake_engine import FakeEngine, tiny_served
+
+from tsqp.config import ServeConfig
+from tsqp.serve.app import View, create_app
+from tsqp.serve.served_model import ServedModel
+from tsqp.serve.server import Server, bind, url_of
+
+_START_S = 60
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers: its address, and the uvicorn server to stop."""
+
+    url: str
+    server: Server
+    thread: threading.Thread
+
+    def stop(self) -> None:
+        """Ask it to end, as a signal does, and wait for that."""
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@contextmanager
+def http_server(
+    engine: FakeEngine,
+    *,
+    level: str = "open",
+    model: ServedModel | None = None,
+    view: View | None = None,
+    **settings: object,
+) -> Iterator[Running]:
+    """Serve for the time of a ``with`` block; ``settings`` are ``ServeConfig``'s."""
+    config = ServeConfig(**{"port": 0, "drain_s": 30.0, **settings})  # type: ignore[arg-type]  # names are the test's
+    app = create_app(engine, model or tiny_served(level), config, view=view)
+    listening = bind(config)
+    started = threading.Event()
+    server = Server(app, engine, config, on_ready=started.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        assert started.wait(_START_S), "the server did not start"
+        yield Running(url_of(listening, config), server, thread)
+    finally:
+        engine.release()
+        server.should_exit = True
+        thread.join()
+        listening.close()
