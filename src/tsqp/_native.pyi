@@ -55,6 +55,20 @@ def attend_paged(
     threads: int,
     /,
 ) -> None: ...
+def keep(
+    qkv: int,
+    cosine: int,
+    sine: int,
+    pool: int,
+    spans: int,
+    tables: int,
+    sizes: tuple[int, ...],
+    row: int,
+    block: int,
+    isa: int,
+    threads: int,
+    /,
+) -> None: ...
 def rms_norm(
     x: int, added: int, weight: int, eps: float, out: int, rows: int, size: int, isa: int, threads: int, /
 ) -> None: ...
@@ -71,3 +85,4 @@ def rotate(
     threads: int,
     /,
 ) -> None: ...
+def watch(descriptors: tuple[int, ...], limit_ns: int, ahead: int, size: int, /) -> tuple[int, list[int]]: ...

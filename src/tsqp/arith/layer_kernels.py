@@ -77,19 +77,48 @@ class LayerKernels:
         (rows, heads, size), (blocks, _, kv_heads) = q_MNH.shape, pool.shape[:3]
         self._check_heads(heads, kv_heads)
         segments.check_fits(rows, blocks)
-        first = strided(pool, blocks, 2, kv_heads, BLOCK_TOKENS, size)
-        if blocks and not pool[0].is_contiguous():
-            raise ExactnessError(f"a native kernel takes contiguous blocks, not strides {list(pool.stride())}.")
-        count, numbers = len(segments.spans_S5), len(segments.tables)
         module.attend_paged(
             strided(q_MNH, rows, heads, size),
-            first,
-            address(segments.spans_S5, torch.int32, count, 5),
-            address(segments.tables, torch.int32, numbers),
+            _pool_address(pool),
+            segments.spans_at,
+            segments.tables_at,
             address(out_MNH, torch.float32, rows, heads, size),
-            (count, heads, kv_heads, size),
+            (segments.count, heads, kv_heads, size),
             q_MNH.stride()[:2],
             pool.stride(0),
+            torch.get_num_threads(),
+        )
+
+    def keep(self, qkv_MXH: Tensor, cos_MH: Tensor, sin_MH: Tensor, pool: Tensor, segments: Segments) -> None:
+        """Rotate a step's queries and keys in place, as ``rotate``, and store keys and values where segments find them.
+
+        Args:
+            qkv_MXH: N queries, G keys and G values of each row, float32, contiguous. Rows of no segment are left alone.
+            cos_MH: of the rows' positions, float32, contiguous.
+            sin_MH: as ``cos_MH``.
+            pool: as in ``attend_paged``.
+            segments: what the rows are.
+
+        Raises:
+            ExactnessError: as ``attend_paged``; a head size that is odd.
+        """
+        (rows, heads, size), (blocks, _, kv_heads) = qkv_MXH.shape, pool.shape[:3]
+        if size % 2 or heads <= 2 * kv_heads or pool.shape[-1] != size:
+            raise ExactnessError(
+                f"{heads} heads of {size} numbers are not queries, keys and values for {kv_heads} of {pool.shape[-1]}."
+            )
+        segments.check_fits(rows, blocks)
+        module.keep(
+            address(qkv_MXH, torch.float32, rows, heads, size),
+            address(cos_MH, torch.float32, rows, size),
+            address(sin_MH, torch.float32, rows, size),
+            _pool_address(pool),
+            segments.spans_at,
+            segments.tables_at,
+            (segments.count, heads - 2 * kv_heads, kv_heads, size),
+            heads * size,
+            pool.stride(0),
+            self._level,
             torch.get_num_threads(),
         )
 
@@ -178,3 +207,13 @@ class LayerKernels:
             raise ExactnessError(f"there is no native attention for {self.instructions}.")
         if not kv_heads or heads % kv_heads:
             raise ExactnessError(f"{heads} heads cannot share {kv_heads}.")
+
+
+def _pool_address(pool: Tensor) -> int:
+    """Return where a layer's pool lies; see ``attend_paged``."""
+    blocks, _, kv_heads, _, size = pool.shape
+    first = strided(pool, blocks, 2, kv_heads, BLOCK_TOKENS, size)
+    head = BLOCK_TOKENS * size
+    if pool.stride()[1:] != (kv_heads * head, head, size, 1):
+        raise ExactnessError(f"a native kernel takes contiguous blocks, not strides {list(pool.stride())}.")
+    return first

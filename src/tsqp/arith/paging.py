@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tsqp.arith.extension import address
 from tsqp.errors import ExactnessError
 
 # Tokens of a block. The number is native.h's.
@@ -35,12 +36,18 @@ class Segments:
         tables: int32, the numbers of all segments' blocks.
         rows: how many rows a step must have at least.
         blocks: how many blocks a pool must have at least.
+        count: S.
+        spans_at: where ``spans_S5`` lies, as native.h's ``struct sequence``.
+        tables_at: where ``tables`` lies.
     """
 
     spans_S5: Tensor
     tables: Tensor
     rows: int
     blocks: int
+    count: int
+    spans_at: int
+    tables_at: int
 
     @classmethod
     def of(cls, segments: Iterable[tuple[int, int, Sequence[int]]]) -> Segments:
@@ -79,11 +86,15 @@ class Segments:
         order = np.argsort(row, kind="stable")
         if (row[order[1:]] < (row + tokens)[order[:-1]]).any():
             raise ExactnessError("two segments of a step share a row.")
+        own_S5, own = torch.tensor(spans_S5, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
         return cls(
-            torch.tensor(spans_S5, dtype=torch.int32),
-            torch.tensor(tables, dtype=torch.int32),
-            int((row + tokens).max(initial=0)),
-            int(tables.max(initial=-1)) + 1,
+            own_S5,
+            own,
+            rows=int((row + tokens).max(initial=0)),
+            blocks=int(tables.max(initial=-1)) + 1,
+            count=len(own_S5),
+            spans_at=address(own_S5, torch.int32, len(own_S5), _COLUMNS),
+            tables_at=address(own, torch.int32, len(own)),
         )
 
     def check_fits(self, rows: int, blocks: int) -> None:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tsqp.engine.api import Sampling, TokenLogprobs
-from tsqp.errors import InternalError, TsqpError
+from tsqp.engine.api import LogitsError, Sampling, TokenLogprobs
+from tsqp.errors import InternalError
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Ids: TypeAlias = npt.NDArray[np.int64]
@@ -28,10 +28,6 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 _DRAW_BLOCK = 256
 # Temporary float32 values of ``prompt_logprobs``: 16 MiB.
 _BLOCK_ELEMENTS = 1 << 22
-
-
-class LogitsError(TsqpError):
-    """No token can be chosen: the model gave logits that are not numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +72,13 @@ class Sampler:
                 f"logits are {logits_V.dtype} {list(logits_V.shape)}; expected float32 [{self._vocab}]."
             )
         raw_V: Floats = logits_V.numpy()
-        _require_numbers(raw_V)
-        scores_V = raw_V if self._seen_V is None else self._penalised(raw_V, self._seen_V)
-        token = int(scores_V.argmax()) if self._generator is None else self._draw(scores_V, self._generator)
+        token = _require_numbers(raw_V)
+        scores_V = raw_V
+        if self._seen_V is not None:
+            scores_V = self._penalised(raw_V, self._seen_V)
+            token = int(scores_V.argmax())
+        if self._generator is not None:
+            token = self._draw(scores_V, self._generator)
         if self._seen_V is not None:
             self._seen_V[token] = True
         top = self._sampling.logprobs
@@ -110,13 +110,15 @@ def _generator(seed: int | None) -> torch.Generator:
     return generator
 
 
-def _require_numbers(raw_V: Floats) -> None:
-    """Refuse logits without a finite largest one; ``argmax`` stops at the first NaN."""
-    if not math.isfinite(raw_V[raw_V.argmax()]):
+def _require_numbers(raw_V: Floats) -> int:
+    """Return where the largest logit is, and refuse one that is not finite; ``argmax`` stops at the first NaN."""
+    likeliest = int(raw_V.argmax())
+    if not math.isfinite(raw_V[likeliest]):
         raise LogitsError(
             "the model's logits are infinite or not numbers: its weights are damaged, its dtype has too small a range "
             "(try float32), or at level open the worker computes wrongly."
         )
+    return likeliest
 
 
 def kept_tokens(scores_V: Floats, sampling: Sampling) -> tuple[Ids | None, Floats]:

@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from tsqp.arith import native
 from tsqp.arith.paging import BLOCK_TOKENS, Segments
+from tsqp.model.layers import Angles, rotate_rows
+from tsqp.threads import using_threads
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -23,6 +25,7 @@ __all__ = [
     "Segments",
     "causal_attention",
     "causal_mask",
+    "keep",
     "offloaded_attention",
     "paged_attention",
 ]
@@ -65,12 +68,39 @@ def causal_attention(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int
     return _by_operators(q_BTNH, k_BGSH, v_BGSH, wanted).flatten(2)
 
 
+def keep(qkv_MXH: Tensor, angles: Angles, pool: Tensor, segments: Segments) -> None:
+    """Rotate the queries and keys of a step's rows in place, and store keys and values in a layer's pool.
+
+    Args:
+        qkv_MXH: N queries, G keys and G values of each row, float32, contiguous.
+        angles: of the rows' positions.
+        pool: shape (blocks, 2, G, BLOCK_TOKENS, H).
+        segments: what the rows are.
+
+    Raises:
+        ExactnessError: as ``paged_attention``.
+    """
+    kernels = native.kernels()
+    if kernels:
+        kernels.keep(qkv_MXH, *angles, pool, segments)
+        return
+    segments.check_fits(len(qkv_MXH), len(pool))
+    kv_heads = pool.shape[2]
+    rotate_rows(qkv_MXH[:, :-kv_heads], *angles)
+    for row, tokens, first, offset, _ in segments.spans_S5.tolist():
+        positions = torch.arange(first, first + tokens)
+        blocks = segments.tables[offset + positions // BLOCK_TOKENS].long()
+        kv_T2GH = qkv_MXH[row : row + tokens, -2 * kv_heads :].unflatten(1, (2, kv_heads))
+        pool[blocks, :, :, positions % BLOCK_TOKENS] = kv_T2GH
+
+
 def paged_attention(q_MNH: Tensor, pool: Tensor, segments: Segments, out_MNH: Tensor) -> None:
     """Store the same for the rows of a step, whose keys and values lie in a layer's pool.
 
     A row's result depends on its own sequence only. With the native kernel it is that of ``causal_attention`` for the
     whole prompt, bit for bit, however the prompt is cut. PyTorch's operators, one call a segment and block of queries,
-    round differently where a segment is longer or shorter, or with another number of threads.
+    round differently where a segment is longer or shorter; they would with another number of threads too, which
+    depends on how many rows a step has, so they have one.
 
     Args:
         q_MNH: queries, float32.
@@ -86,12 +116,13 @@ def paged_attention(q_MNH: Tensor, pool: Tensor, segments: Segments, out_MNH: Te
         kernels.attend_paged(q_MNH, pool, segments, out_MNH)
         return
     segments.check_fits(len(q_MNH), len(pool))
-    for row, tokens, first, offset, length in segments.spans_S5.tolist():
-        kv = pool[segments.tables[offset : offset + length]]
-        k_1GSH, v_1GSH = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None, :, : first + tokens]
-        # A copy, as keys and values are: a product's rounding may depend on where its operands are aligned.
-        q_1TNH = q_MNH[None, row : row + tokens].clone(memory_format=torch.contiguous_format)
-        out_MNH[row : row + tokens] = _by_operators(q_1TNH, k_1GSH, v_1GSH, tokens)[0]
+    with using_threads(1):
+        for row, tokens, first, offset, length in segments.spans_S5.tolist():
+            kv = pool[segments.tables[offset : offset + length]]
+            k_1GSH, v_1GSH = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None, :, : first + tokens]
+            # A copy, as keys and values are: a product's rounding may depend on where its operands are aligned.
+            q_1TNH = q_MNH[None, row : row + tokens].clone(memory_format=torch.contiguous_format)
+            out_MNH[row : row + tokens] = _by_operators(q_1TNH, k_1GSH, v_1GSH, tokens)[0]
 
 
 def _by_operators(q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:

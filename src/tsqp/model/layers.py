@@ -20,6 +20,9 @@ from tsqp.arith import extension, native
 from tsqp.model.architecture import LlamaConfig
 from tsqp.threads import using_threads
 
+# Cosines and signed sines of some positions, float32 (T, H) each; the sine's first half is negated.
+Angles = tuple[Tensor, Tensor]
+
 # Positions whose angles are computed together: few enough that PyTorch uses one thread, whatever the head size.
 _POSITIONS = 128
 
@@ -103,13 +106,13 @@ class RotaryTable:
         self._frequencies = rope_frequencies(config)
         self._cos_TH = self._sin_TH = torch.empty(0, config.head_size)
 
-    def between(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of positions first to end - 1, each (T, H); the sine's first half is negated."""
+    def between(self, first: int, end: int) -> Angles:
+        """Return those of positions first to end - 1."""
         self._grow(end)
         return self._cos_TH[first:end], self._sin_TH[first:end]
 
-    def at(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Return those of some positions, int64, each (M, H)."""
+    def at(self, positions_M: Tensor) -> Angles:
+        """Return those of some positions, int64."""
         self._grow(int(positions_M.max()) + 1 if len(positions_M) else 0)
         return self._cos_TH[positions_M], self._sin_TH[positions_M]
 

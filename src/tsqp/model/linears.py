@@ -177,7 +177,7 @@ class Linears:
             InputError: no such group, or x has another shape.
             DeviceMemoryError: the device has no room for the product.
         """
-        group = self.check(name, x_MK)
+        group = self.check(name, x_MK.dtype, tuple(x_MK.shape))
         if member is None:
             return self.multiply(name, x_MK)
         w_NK, bias_N = self._plain_weight(name).split(group.out_features)[member], self._biases.get(name)
@@ -185,7 +185,6 @@ class Linears:
         with memory_errors(f"linear {name}", self.device):
             return product(x_MK.to(self.device, self.dtype), w_NK, bias_N)
 
-    @torch.inference_mode()
     def multiply(self, name: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
         """Multiply rows that ``check`` has accepted by one group's weights; see ``linear``.
 
@@ -196,28 +195,35 @@ class Linears:
         """
         with memory_errors(f"linear {name}", self.device):
             x_MK, bias_N = x_MK.to(self.device, self.dtype), self._biases.get(name)
-            if self._kernels and name in self._panels:
-                y_MN = self._empty(len(x_MK), self.groups[name].rows) if out_MN is None else out_MN
-                self._kernels.multiply_floats(x_MK, self._panels[name], bias_N, y_MN)
+            panels = self._panels.get(name)
+            if self._kernels and panels is not None:
+                y_MN = self._empty(x_MK.shape[0], self.groups[name].rows) if out_MN is None else out_MN
+                self._kernels.multiply_floats(x_MK, panels, bias_N, y_MN)
                 return y_MN
             y_MN = product(x_MK, self._weights[name], bias_N)
             return y_MN if out_MN is None else out_MN.copy_(y_MN)
 
-    def check(self, name: str, x_MK: Tensor) -> LinearGroup:
-        """Return the group ``name`` if x can be multiplied by its weights.
+    def check(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> LinearGroup:
+        """Return the group ``name`` if a tensor can be multiplied by its weights.
 
         Raises:
-            InputError: no such group, x has another shape, or the result would be too large.
+            InputError: no such group, the tensor has another shape, or the result would be too large.
         """
         group = self.groups.get(name)
         if group is None:
             raise InputError(f"no linear group is named {name!r}.")
-        if x_MK.ndim != 2 or x_MK.shape[1] != group.in_features or not x_MK.is_floating_point():  # noqa: PLR2004
+        if len(shape) != 2 or shape[1] != group.in_features or not dtype.is_floating_point:  # noqa: PLR2004
             raise InputError(
-                f"linear {name} expects floats of shape [M, {group.in_features}], got {x_MK.dtype} {list(x_MK.shape)}."
+                f"linear {name} expects floats of shape [M, {group.in_features}], got {dtype} {list(shape)}."
             )
-        bound_result((len(x_MK), group.rows))
+        bound_result((shape[0], group.rows))
         return group
+
+    def laid_out(self, name: str) -> Tensor | None:
+        """Return a group's weights as they are multiplied, to read ahead; None where only oneDNN knows how they lie."""
+        weights = self._panels.get(name)
+        weights = self._weights[name] if weights is None else weights
+        return weights if weights.layout is torch.strided else None
 
     def _plain_weight(self, name: str) -> Tensor:
         if name not in self._plain:
@@ -246,12 +252,12 @@ class Linears:
         """
         if ids_M.ndim != 1 or ids_M.dtype != torch.int64:
             raise InputError(f"embedding expects int64 ids of shape [M], got {ids_M.dtype} {list(ids_M.shape)}.")
-        ids_M = ids_M.clone()  # in shared memory the client could change an id between check and use
-        if ids_M.numel() and not 0 <= int(ids_M.min()) <= int(ids_M.max()) < self.config.vocab_size:
+        ids = ids_M.tolist()  # a copy: in shared memory the client could change an id between check and use
+        if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
             raise InputError(f"embedding got a token id outside the vocabulary of {self.config.vocab_size}.")
-        bound_result((len(ids_M), self.config.hidden_size))
+        bound_result((len(ids), self.config.hidden_size))
         with memory_errors("embedding", self.device):
-            return self._embedding_VD[ids_M.to(self.device)]
+            return self._embedding_VD.index_select(0, torch.tensor(ids, dtype=torch.int64, device=self.device))
 
     @torch.inference_mode()
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:

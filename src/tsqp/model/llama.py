@@ -4,7 +4,7 @@ It runs over rows, one for each token of some sequences. What belongs to sequenc
 values of earlier tokens, comes with the rows.
 
 Shapes: B batch, T tokens, M rows, R rows that logits are asked of, D hidden, F FFN, N query heads, G key-value heads,
-E = (N + 2G)*H columns of q, k and v together, H head size, V vocabulary, K a linear's input.
+X = N + 2G heads of q, k and v together, E = X*H, H head size, V vocabulary, K a linear's input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tsqp.errors import InputError
 from tsqp.model.architecture import LlamaConfig
 from tsqp.model.attention import causal_attention, offloaded_attention
 from tsqp.model.kv_cache import KVCache
-from tsqp.model.layers import RotaryTable, rms_norm, rotate, swiglu
+from tsqp.model.layers import Angles, RotaryTable, add_rms_norm, rms_norm, rotate_rows, swiglu
 from tsqp.model.ops import LinearOps
 from tsqp.model.overlap import MicroBatch, Pending, in_turns, micro_batches
 
@@ -42,8 +42,14 @@ class Rows(Protocol):
     def kept(self) -> Tensor | None:
         """Return the numbers of the rows that logits are asked of; None for all."""
 
-    def attend(self, layer: int, q_MNH: Tensor, k_MGH: Tensor, v_MGH: Tensor, *, last: bool) -> Tensor:
+    def attend(self, layer: int, qkv_MXH: Tensor, angles: Angles, *, last: bool) -> Tensor:
         """Keep keys and values for later tokens, and return what attention makes of them and of earlier ones.
+
+        Args:
+            layer: which.
+            qkv_MXH: N queries, G keys and G values of each row, contiguous; may be overwritten.
+            angles: of the rows' positions.
+            last: whether it is the model's last layer.
 
         Returns:
             Shape (M, N*H); for the ``last`` layer (R, N*H), of the kept rows only.
@@ -84,9 +90,11 @@ class _Chunk:
             return None
         return torch.arange(batch * tokens).view(batch, tokens)[:, tokens - self.wanted :].flatten()
 
-    def attend(self, layer: int, q_MNH: Tensor, k_MGH: Tensor, v_MGH: Tensor, *, last: bool) -> Tensor:
+    def attend(self, layer: int, qkv_MXH: Tensor, angles: Angles, *, last: bool) -> Tensor:
         batch, tokens = self.ids_BT.shape
-        q_BTNH, k_BTGH, v_BTGH = (rows.unflatten(0, (batch, tokens)) for rows in (q_MNH, k_MGH, v_MGH))
+        heads, kv_heads = self.model.config.heads, self.model.config.kv_heads
+        rotate_rows(qkv_MXH[:, : heads + kv_heads], *angles)
+        q_BTNH, k_BTGH, v_BTGH = qkv_MXH.unflatten(0, (batch, tokens)).split((heads, kv_heads, kv_heads), dim=2)
         if self.cache is None:
             k_BGSH, v_BGSH = k_BTGH.transpose(1, 2), v_BTGH.transpose(1, 2)
         else:
@@ -110,6 +118,11 @@ class Llama:
         self._norms = ops.state()
         self._rotary = RotaryTable(config)
         self._offload_attention = offload_attention
+
+    @property
+    def ops(self) -> LinearOps:
+        """Who computes the linear layers."""
+        return self._ops
 
     def use(self, ops: LinearOps) -> None:
         """Let others compute the linear layers from now on: of the same model, after a link was lost."""
@@ -171,25 +184,23 @@ class Llama:
     def _run(self, rows: Rows) -> Steps:
         """Compute the kept rows' logits, shape (R, V)."""
         config, kept = self.config, rows.kept
-        cos_MH, sin_MH = self._rotary.at(rows.positions_M)
+        angles = self._rotary.at(rows.positions_M)
         x_MD = yield self._ops.embedding(rows.ids_M)
+        normed = rms_norm(x_MD, self._norm("layers.0.input_layernorm"), config.rms_norm_eps)
         for index in range(config.layers):
             last = index == config.layers - 1
-            normed = self._norm(f"model.layers.{index}.input_layernorm", x_MD)
             qkv_ME = yield self._ops.linear(f"layers.{index}.qkv", normed)
-            heads_MXH = qkv_ME.unflatten(-1, (-1, config.head_size))
-            rotated, v_MGH = heads_MXH.split((config.heads + config.kv_heads, config.kv_heads), dim=1)
-            q_MNH, k_MGH = rotate(rotated, cos_MH, sin_MH).split((config.heads, config.kv_heads), dim=1)
-            attended = rows.attend(index, q_MNH, k_MGH, v_MGH, last=last)
+            attended = rows.attend(index, qkv_ME.view(len(x_MD), -1, config.head_size), angles, last=last)
             if last and kept is not None:
                 x_MD = x_MD[kept]
                 if not len(kept):
                     return x_MD.new_empty(0, config.vocab_size)
-            x_MD = (yield self._ops.linear(f"layers.{index}.o", attended)).add_(x_MD)
-            normed = self._norm(f"model.layers.{index}.post_attention_layernorm", x_MD)
+            y_MD = yield self._ops.linear(f"layers.{index}.o", attended)
+            normed = self._add_norm(x_MD, y_MD, f"layers.{index}.post_attention_layernorm")
             hidden_MF = swiglu((yield self._ops.linear(f"layers.{index}.gate_up", normed)))
-            x_MD = (yield self._ops.linear(f"layers.{index}.down", hidden_MF)).add_(x_MD)
-        return (yield self._ops.linear("head", self._norm("model.norm", x_MD)))
+            y_MD = yield self._ops.linear(f"layers.{index}.down", hidden_MF)
+            normed = self._add_norm(x_MD, y_MD, "norm" if last else f"layers.{index + 1}.input_layernorm")
+        return (yield self._ops.linear("head", normed))
 
     def attention(self, q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:
         """Compute attention here, or send its products away; see ``causal_attention``."""
@@ -197,8 +208,11 @@ class Llama:
             return offloaded_attention(q_BTNH, k_BGSH, v_BGSH, wanted, self._ops.matmul)
         return causal_attention(q_BTNH, k_BGSH, v_BGSH, wanted)
 
-    def _norm(self, name: str, x_MD: Tensor) -> Tensor:
-        return rms_norm(x_MD, self._norms[f"{name}.weight"], self.config.rms_norm_eps)
+    def _norm(self, name: str) -> Tensor:
+        return self._norms[f"model.{name}.weight"]
+
+    def _add_norm(self, x_MD: Tensor, added_MD: Tensor, name: str) -> Tensor:
+        return add_rms_norm(x_MD, added_MD, self._norm(name), self.config.rms_norm_eps)
 
 
 def check_prompt_length(tokens: int, config: LlamaConfig) -> None:

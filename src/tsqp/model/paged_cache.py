@@ -3,7 +3,7 @@
 A sequence has a table of block numbers; who hands blocks out is ``engine/blocks.py``. A step's rows are tokens of
 several sequences: some bring one each, some a part of their prompt.
 
-Shapes: M rows of a step, R of them with logits, N query heads, G key-value heads, H head size.
+Shapes: M rows of a step, N query heads, G key-value heads, X = N + 2G heads of both, H head size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tsqp.errors import ConfigError
 from tsqp.model.architecture import LlamaConfig
-from tsqp.model.attention import BLOCK_TOKENS, Segments, paged_attention
+from tsqp.model.attention import BLOCK_TOKENS, Segments, keep, paged_attention
+from tsqp.model.layers import Angles
 
 
 def block_bytes(config: LlamaConfig) -> int:
@@ -52,12 +53,9 @@ class PagedCache:
         """Return the rows of a step."""
         return PagedRows(self, parts)
 
-    def store(self, layer: int, places: Places, k_MGH: Tensor, v_MGH: Tensor) -> Tensor:
-        """Store rows' keys and values; return the layer's pool, shape (blocks, 2, G, tokens, H)."""
-        pool = self._pools[layer]
-        pool[places.blocks_M, 0, :, places.offsets_M] = k_MGH
-        pool[places.blocks_M, 1, :, places.offsets_M] = v_MGH
-        return pool
+    def layer(self, index: int) -> Tensor:
+        """Return a layer's pool, shape (blocks, 2, G, BLOCK_TOKENS, H)."""
+        return self._pools[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +75,6 @@ class SequencePart:
     wants: str
 
 
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where rows' keys and values lie: int64 (M,) each."""
-
-    blocks_M: Tensor
-    offsets_M: Tensor
-
-
 class PagedRows:
     """Rows of a step, as ``llama.Rows``. Each sequence comes in one part.
 
@@ -98,15 +88,15 @@ class PagedRows:
         counts = [len(part.ids) for part in parts]
         self.ids_M = torch.tensor([i for part in parts for i in part.ids], dtype=torch.int64)
         self.positions_M = torch.tensor([part.first + i for part in parts for i in range(len(part.ids))])
-        tables_M = [part.blocks[(part.first + i) // BLOCK_TOKENS] for part in parts for i in range(len(part.ids))]
-        self._places = Places(torch.tensor(tables_M), self.positions_M % BLOCK_TOKENS)
         self.kept = _kept(parts, counts)
         self._segments = Segments.of([(len(part.ids), part.first, part.blocks) for part in parts])
 
-    def attend(self, layer: int, q_MNH: Tensor, k_MGH: Tensor, v_MGH: Tensor, *, last: bool) -> Tensor:
+    def attend(self, layer: int, qkv_MXH: Tensor, angles: Angles, *, last: bool) -> Tensor:
         """See ``llama.Rows.attend``."""
         started = time.monotonic_ns()
-        pool = self._cache.store(layer, self._places, k_MGH, v_MGH)
+        pool = self._cache.layer(layer)
+        keep(qkv_MXH, angles, pool, self._segments)
+        q_MNH = qkv_MXH[:, : -2 * pool.shape[2]]
         y_MNH = torch.empty(q_MNH.shape)
         paged_attention(q_MNH, pool, self._segments, y_MNH)
         self._cache.attention_ns += time.monotonic_ns() - started

@@ -75,6 +75,37 @@ static PyObject *multiply_floats(PyObject *self, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+static PyObject *watch_descriptors(PyObject *self, PyObject *arguments)
+{
+    struct pollfd watched[MAX_WATCHED];
+    PyObject *descriptors;
+    long long limit_ns;
+    address ahead;
+    Py_ssize_t count, size;
+    size_t fetched;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "O!LKn", &PyTuple_Type, &descriptors, &limit_ns, &ahead, &size))
+        return NULL;
+    count = PyTuple_Size(descriptors);
+    if (count > MAX_WATCHED) {
+        PyErr_SetString(PyExc_ValueError, "too many descriptors to watch");
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        watched[i] = (struct pollfd){.fd = (int)PyLong_AsLong(PyTuple_GetItem(descriptors, i)), .events = POLLIN};
+        if (watched[i].fd == -1 && PyErr_Occurred())
+            return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    fetched = watch(watched, (size_t)count, limit_ns, ADDRESS(const char *, ahead), (size_t)size);
+    Py_END_ALLOW_THREADS
+    PyObject *ready = PyList_New(0);
+    for (Py_ssize_t i = 0; ready && i < count; i++)
+        if (watched[i].revents && PyList_Append(ready, PyTuple_GetItem(descriptors, i)))
+            Py_CLEAR(ready);
+    return ready ? Py_BuildValue("(nN)", (Py_ssize_t)fetched, ready) : NULL;
+}
+
 static PyObject *quantize(PyObject *self, PyObject *arguments)
 {
     address x, xq, scale;
@@ -200,18 +231,47 @@ static PyObject *attend_paged(PyObject *self, PyObject *arguments)
     if (!segments)
         return PyErr_NoMemory();
     for (Py_ssize_t i = 0; i < count; i++) {
-        const int32_t *span = ADDRESS(const int32_t *, spans) + 5 * i; /* row, tokens, first, where the table begins, length */
+        const struct sequence *span = ADDRESS(const struct sequence *, spans) + i;
         segments[i] = (struct segment){
-            .q = ADDRESS(const float *, q) + span[0] * q_token,
+            .q = ADDRESS(const float *, q) + span->row * q_token,
             .k = ADDRESS(const float *, pool),
             .v = ADDRESS(const float *, pool) + attention.kv_heads * head,
-            .table = ADDRESS(const int32_t *, tables) + span[3],
-            .out = ADDRESS(float *, out) + span[0] * heads * size,
-            .tokens = (size_t)span[1],
-            .first = (size_t)span[2],
+            .table = ADDRESS(const int32_t *, tables) + span->table,
+            .out = ADDRESS(float *, out) + span->row * heads * size,
+            .tokens = (size_t)span->tokens,
+            .first = (size_t)span->first,
         };
     }
     return attended(&attention, segments, (size_t)count, threads);
+}
+
+static PyObject *keep(PyObject *self, PyObject *arguments)
+{
+    address qkv, cosine, sine, pool, spans, tables;
+    Py_ssize_t row, heads, kv_heads, size, block, count;
+    int isa, threads;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "KKKKKK(nnnn)nnii", &qkv, &cosine, &sine, &pool, &spans, &tables, &count, &heads,
+                          &kv_heads, &size, &row, &block, &isa, &threads))
+        return NULL;
+    const struct step step = {
+        .qkv = ADDRESS(float *, qkv),
+        .row = (size_t)row,
+        .heads = (size_t)heads,
+        .kv_heads = (size_t)kv_heads,
+        .head_size = (size_t)size,
+        .cosine = ADDRESS(const float *, cosine),
+        .sine = ADDRESS(const float *, sine),
+        .pool = ADDRESS(float *, pool),
+        .block = (size_t)block,
+        .spans = ADDRESS(const struct sequence *, spans),
+        .count = (size_t)count,
+        .tables = ADDRESS(const int32_t *, tables),
+    };
+    Py_BEGIN_ALLOW_THREADS
+    keep_step(&step, possible(isa), threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
 static PyObject *rms_norm(PyObject *self, PyObject *arguments)
@@ -277,9 +337,11 @@ static PyMethodDef methods[] = {
     {"dots", dots, METH_VARARGS, "Sum products of rows with a vector modulo 2^61 - 1."},
     {"attend", attend_whole, METH_VARARGS, "Compute causal attention over contiguous keys and values."},
     {"attend_paged", attend_paged, METH_VARARGS, "Compute causal attention over keys and values in a pool's blocks."},
+    {"keep", keep, METH_VARARGS, "Rotate a step's queries and keys, and store keys and values in a pool's blocks."},
     {"rms_norm", rms_norm, METH_VARARGS, "Add to rows, and scale them to unit root mean square."},
     {"swiglu", swiglu, METH_VARARGS, "Multiply SiLU of the first half of rows by the second."},
     {"rotate", rotate, METH_VARARGS, "Apply rotary embedding to rows of heads."},
+    {"watch", watch_descriptors, METH_VARARGS, "Wait for descriptors awake; return how much memory was read meanwhile, and those ready."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -3,6 +3,7 @@
 #ifndef TSQP_NATIVE_H
 #define TSQP_NATIVE_H
 
+#include <poll.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -107,6 +108,25 @@ struct segment {
 /* Returns 0, or -1 where there is no memory, or no AVX-512. */
 int attend(const struct attention *attention, const struct segment *segments, size_t count, int threads);
 
+/* Rows of a step that are one sequence's tokens: at positions first, first + 1, ..., with a table of block numbers. */
+struct sequence {
+    int32_t row, tokens, first;
+    int32_t table, length; /* where the table begins, and how many blocks it names */
+};
+/* Rotates a step's queries and keys in place, and stores keys and values in their sequences' blocks (paging.c). */
+struct step {
+    float *qkv; /* (rows, heads + 2 key-value heads, head size), rows so many elements apart: */
+    size_t row;
+    size_t heads, kv_heads, head_size;
+    const float *cosine, *sine; /* (rows, head size) */
+    float *pool;                /* (blocks, 2, key-value heads, TSQP_KV_BLOCK, head size), blocks so far apart: */
+    size_t block;
+    const struct sequence *spans;
+    size_t count;
+    const int32_t *tables;
+};
+void keep_step(const struct step *step, enum isa isa, int threads);
+
 /* Layers between products, row by row (layers.c). norm_rows: x += added, unless NULL; out = x / rms(x) weight. */
 struct norms {
     float *x;           /* (rows, size) */
@@ -135,5 +155,10 @@ struct rotation {
     size_t x_row, x_head, out_row, out_head; /* strides, in elements */
 };
 void rotate_rows(const struct rotation *rotation, enum isa isa, int threads);
+
+/* Polls descriptors until one is ready or time is up, letting whoever wants the core have it; or, with a size, reads so many
+ * bytes meanwhile and returns when they are read (wait.c). Returns how many were read. */
+#define MAX_WATCHED 64
+size_t watch(struct pollfd *watched, size_t count, int64_t limit_ns, const char *ahead, size_t size);
 
 #endif

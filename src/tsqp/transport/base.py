@@ -8,8 +8,9 @@ slots, or none free, it gives None, and the caller uses memory of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from tsqp.transport.spinning import Ahead
 
 Buffer = bytes | bytearray | memoryview
 
@@ -22,8 +23,7 @@ def _no_slot(_size: int) -> memoryview | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """A message as a client receives it. The header is always a copy of its own.
 
     Attributes:
@@ -44,8 +44,7 @@ class Delivery:
         return frames
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(NamedTuple):
     """A message as a server receives it.
 
     Attributes:
@@ -102,7 +101,13 @@ class ClientTransport(Protocol):
 
 
 class ServerTransport(Protocol):
-    """A worker's side of all its links."""
+    """A worker's side of all its links.
+
+    Attributes:
+        ahead: memory to read while nothing comes, or None.
+    """
+
+    ahead: Ahead | None
 
     @property
     def hung_up(self) -> bool:

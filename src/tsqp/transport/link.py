@@ -27,9 +27,11 @@ _MAX_FRAMES = 1 << 12
 # Nearly every message; one that has fewer short frames and nothing else needs no bookkeeping.
 _FEW = 8
 _INLINE = (1 << 64) - 1
-_COUNT = struct.Struct("<I")
+_COUNT = struct.Struct("<Q")
 _SPAN = struct.Struct("<QQ")
-MAX_DATAGRAM = _COUNT.size + _MAX_FRAMES * _SPAN.size + _INLINE_BYTES
+# Frames in a datagram begin at multiples of this, so that a tensor may be made of one where it lies.
+_ALIGNED = 8
+MAX_DATAGRAM = _COUNT.size + _MAX_FRAMES * (_SPAN.size + _ALIGNED) + _INLINE_BYTES
 # Indices of the counters, as 64-bit words: messages consumed by the client, and by the worker.
 _CLIENT_CONSUMED, _WORKER_CONSUMED = 0, 8
 
@@ -279,13 +281,11 @@ class Link:
         for part in copied:
             start = self._out + (part.offset or 0)
             self._memory[start : start + part.room] = part.frame
-        pieces: list[Buffer] = [_COUNT.pack(len(message.parts))]
-        for part in message.parts:
-            if part.offset is None:
-                pieces += (_SPAN.pack(_INLINE, len(part.frame)), part.frame)
-            else:
-                pieces.append(_SPAN.pack(part.offset, part.room))
-        return b"".join(pieces)
+        spans = [
+            _SPAN.pack(_INLINE, len(part.frame)) if part.offset is None else _SPAN.pack(part.offset, part.room)
+            for part in message.parts
+        ]
+        return _datagram(spans, [part.frame for part in message.parts if part.offset is None])
 
     def _place(self, parts: Sequence[_Part]) -> None:
         try:
@@ -334,15 +334,15 @@ class Link:
         (count,) = _COUNT.unpack_from(datagram)
         if count > _MAX_FRAMES:
             raise ProtocolError(f"a message of {count} frames; at most {_MAX_FRAMES} are allowed.")
-        at = _COUNT.size
+        at = _COUNT.size + count * _SPAN.size
+        if at > len(datagram):
+            raise ProtocolError("a datagram beside the shared region is cut short.")
         room = self.half  # frames that overlap could otherwise be larger together than the region is
         frames: list[Buffer] = []
-        for _ in range(count):
-            offset, length = _SPAN.unpack_from(datagram, at)
-            at += _SPAN.size
+        for offset, length in _SPAN.iter_unpack(datagram[_COUNT.size : at]):
             if offset == _INLINE:
                 frame = datagram[at : at + length]
-                at += length
+                at += length + -length % _ALIGNED
             else:
                 frame = self._incoming[offset : offset + length]
                 room -= length
@@ -366,9 +366,14 @@ class Link:
 
 def _inlined(frames: Sequence[Buffer]) -> bytes:
     """Return the datagram of a message that travels in it whole."""
-    pieces: list[Buffer] = [_COUNT.pack(len(frames))]
-    for frame in frames:
-        pieces += (_SPAN.pack(_INLINE, len(frame)), frame)
+    return _datagram([_SPAN.pack(_INLINE, len(frame)) for frame in frames], frames)
+
+
+def _datagram(spans: Sequence[bytes], inline: Sequence[Buffer]) -> bytes:
+    """Return a datagram: the number of its spans, they, and the frames that travel in it."""
+    pieces: list[Buffer] = [_COUNT.pack(len(spans)), *spans]
+    for frame in inline:
+        pieces += (frame, bytes(-len(frame) % _ALIGNED))
     return b"".join(pieces)
 
 

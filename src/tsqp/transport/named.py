@@ -29,7 +29,7 @@ from tsqp.transport.urls import Endpoint
 SEATS = 4
 _MAX_SEATS = 64
 _MAGIC = int.from_bytes(b"tsqpring", "little")
-_LAYOUT = 1
+_LAYOUT = 2
 # Words of the first page. The generation is 0 once the worker has closed.
 _MAGIC_WORD, _LAYOUT_WORD, _SEATS_WORD, _HALF_WORD = 0, 1, 2, 3
 GENERATION, IDENTITY, BEAT = 4, 5, 16

@@ -7,14 +7,14 @@ import mmap
 import os
 import select
 import socket
-import time
 from collections.abc import Callable
 
 from tsqp.errors import ProtocolError
 from tsqp.transport.link import MAX_DATAGRAM, PAGE
+from tsqp.transport.spinning import spin
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_GREETING = b"tsqp region 1"
+_GREETING = b"tsqp region 2"
 REFUSAL = b"\xff\xff\xff\xff"
 
 
@@ -30,6 +30,7 @@ class SocketBell:
         connection.setblocking(False)
         self._connection = connection
         self._spin_s = spin_s
+        self._watched = (connection.fileno(),)
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
@@ -52,11 +53,8 @@ class SocketBell:
     def wait(self, limit_s: float) -> bool:
         """See ``Doorbell.wait``. The end of the connection counts as a datagram, which ``receive`` then raises."""
         spin_s = min(limit_s, self._spin_s())
-        end = time.perf_counter() + spin_s
-        while time.perf_counter() < end:
-            if self._poll.poll(0):
-                return True
-            os.sched_yield()
+        if spin_s and spin(self._watched, spin_s):
+            return True
         return bool(self._poll.poll(1000 * (limit_s - spin_s)))
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import zmq
 from tsqp.errors import ConfigError
 from tsqp.transport.base import Incoming
 from tsqp.transport.keys import KeyPair
+from tsqp.transport.spinning import Ahead, spin
 from tsqp.transport.urls import Endpoint
 from tsqp.transport.zeromq import ZmqListener
 
@@ -54,6 +55,9 @@ class Server:
             when it closes.
         key: the worker's own; every link is encrypted then, and clients need its public part.
 
+    Attributes:
+        ahead: memory to read while nothing comes, or None.
+
     Raises:
         ConfigError: a key and an endpoint of shared memory.
         SetupError: an address is in use or cannot be bound.
@@ -73,6 +77,7 @@ class Server:
         self._hangup_fd = hangup_fd
         self.hung_up = False
         self._spin_s = 0.0
+        self.ahead: Ahead | None = None
         self._listeners: list[Listener] = []
         if hangup_fd is not None:
             self._poller.register(hangup_fd, zmq.POLLIN)
@@ -125,6 +130,9 @@ class Server:
         """Poll without sleeping, but let whoever wants the core have it; return what is ready."""
         if not limit_s:
             return {}
+        watched = tuple([each for each, _ in self._poller.sockets if isinstance(each, int)])
+        if len(watched) == len(self._poller.sockets):  # sockets of ZeroMQ are none of the system's
+            return dict.fromkeys(spin(watched, limit_s, self.ahead), zmq.POLLIN)
         end = time.perf_counter() + limit_s
         while not (ready := dict(self._poller.poll(0))) and time.perf_counter() < end:
             os.sched_yield()

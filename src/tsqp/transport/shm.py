@@ -37,6 +37,7 @@ from tsqp.transport.urls import Endpoint
 
 _CONNECT_S = 5.0
 _PAUSE_S = 1.0
+_CORES = available_cores()
 _LINK_ERRORS = (EOFError, OSError, ProtocolError)
 
 _log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _client_spin_s() -> float:
     thread of the product in between, which needs the same core. On a single core it would only delay the worker, and
     beside other links of this process their threads, which hold the interpreter's lock in turn.
     """
-    return 0.002 if available_cores() > 1 and len(_clients) == 1 else 0.0
+    return 0.002 if _CORES > 1 and len(_clients) == 1 else 0.0
 
 
 class ShmListener:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import torch
@@ -83,8 +82,7 @@ class Claim:
         return f"Claim({self.source}, shape={tuple(self._tensor.shape)}, values not shown)"
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFrames:
+class RequestFrames(NamedTuple):
     """A decoded request and the tensor frames beside it, already checked against their specs."""
 
     header: AnyRequest
@@ -116,8 +114,9 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 def frame_of(tensor: Tensor) -> memoryview:
     """Return a contiguous CPU tensor's bytes without copying them. The tensor must not change until it is sent."""
-    flat = tensor.contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def tensor_of(spec: TensorSpec, frame: Buffer, source: str = "request") -> Tensor:

@@ -21,7 +21,7 @@ from tsqp.model.architecture import module_count
 from tsqp.transport.base import Incoming
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Buffer
-from tsqp.wire.messages import Failure, GroupSpec, Reply
+from tsqp.wire.messages import AnyRequest, Failure, GroupSpec, Reply
 from tsqp.worker.batching import Waiting
 from tsqp.worker.products import Product, Result, compute
 from tsqp.worker.services import WorkerService
@@ -53,7 +53,7 @@ class Dispatcher:
         self._model = codec.printable(Path(model).name)[: messages.MAX_NAME] or "model"
         self.digest = digest
         self._started = time.monotonic()
-        self.requests: Counter[str] = Counter()
+        self.requests: Counter[type[AnyRequest]] = Counter()
         self.errors = self.bytes_received = self.bytes_sent = self.compute_ns = 0
         self.products = self.product_requests = 0
 
@@ -76,7 +76,7 @@ class Dispatcher:
         try:
             request = codec.decode_request(frames)
             header = request.header
-            self.requests[type(header).__name__.lower()] += 1
+            self.requests[type(header)] += 1
             match header:
                 case messages.Hello():
                     self._send(reply, [messages.encode(self._welcome(header.id))])
@@ -146,7 +146,7 @@ class Dispatcher:
         return messages.StatsResult(
             id=request_id,
             uptime_s=time.monotonic() - self._started,
-            requests=dict(self.requests),
+            requests={kind.__name__.lower(): count for kind, count in self.requests.items()},
             errors=self.errors,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,

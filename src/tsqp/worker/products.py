@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,16 +17,14 @@ from tsqp.worker.batching import Waiting
 from tsqp.worker.services import WorkerService
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """A tensor that is ready to be sent: what it is, and its bytes, which may lie in a slot of the transport's."""
 
     spec: TensorSpec
     frame: Buffer
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(NamedTuple):
     """One product and what becomes of it.
 
     Attributes:
@@ -127,26 +124,29 @@ def _alone(service: WorkerService, request: Waiting, group: str) -> Result:
     operand_MK = service.operand(request.header, request.tensors)
     if service.device.type != "cpu" or not service.sends_products(request.header):
         return _result(service.result(request.header, service.multiply(group, operand_MK)))
-    shape = (len(operand_MK), service.groups[group].rows)
-    slot, y_MN = _slot(request, shape, service.rows_dtype)
-    y_MN = service.multiply(group, operand_MK, y_MN)
-    return _result(y_MN) if slot is None else Result(codec.spec_of(y_MN), slot)
+    spec = TensorSpec(codec.dtype_name(service.rows_dtype), (operand_MK.shape[0], service.groups[group].rows))
+    y_MN, frame = _room(request, spec)
+    service.multiply(group, operand_MK, y_MN)
+    return Result(spec, frame)
 
 
 def placed(service: WorkerService, request: Waiting, y_MN: Tensor) -> Result:
     """Copy a request's part of a product out of a buffer that will be used again: into the client's memory, or ours."""
     result_MN = service.result(request.header, y_MN)
-    slot, out_MN = _slot(request, tuple(result_MN.shape), result_MN.dtype)
-    if slot is None or out_MN is None:
-        return _result(result_MN.clone() if result_MN.data_ptr() == y_MN.data_ptr() else result_MN)
+    spec = codec.spec_of(result_MN)
+    out_MN, frame = _room(request, spec)
     out_MN.copy_(result_MN)
-    return Result(codec.spec_of(out_MN), slot)
+    return Result(spec, frame)
 
 
-def _slot(request: Waiting, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[memoryview | None, Tensor | None]:
-    """Return a slot of the transport's for a tensor, and the slot as that tensor; or neither."""
-    slot = request.incoming.allocate(math.prod(shape) * dtype.itemsize)
-    return (slot, None if slot is None else torch.frombuffer(slot, dtype=dtype).view(shape))
+def _room(request: Waiting, spec: TensorSpec) -> tuple[Tensor, Buffer]:
+    """Return a tensor to write a result to, in a slot of the transport's if it gives one, and the frame to send."""
+    dtype = codec.TORCH_DTYPES[spec.dtype]
+    slot = request.incoming.allocate(math.prod(spec.shape) * dtype.itemsize)
+    if slot is not None:
+        return codec.tensor_of(spec, slot), slot
+    y_MN = torch.empty(spec.shape, dtype=dtype)
+    return y_MN, codec.frame_of(y_MN)
 
 
 def _result(y: Tensor) -> Result:

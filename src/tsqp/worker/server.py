@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tsqp.transport.base import Incoming, ServerTransport
+from tsqp.worker.ahead import WeightsAhead
 from tsqp.worker.batching import MAX_WAITING, Queue
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.legacy import LegacyDispatcher, refuse
@@ -35,6 +36,8 @@ class Worker:
         self._stopping = False
         # For how many products in a row only one request was there.
         self._alone = 0
+        self._ahead = WeightsAhead(service) if service.device.type == "cpu" else None
+        transport.ahead = self._ahead
 
     def serve(self) -> None:
         """Answer messages until ``stop`` is called or the parent hangs up. What was taken in is answered."""
@@ -77,7 +80,10 @@ class Worker:
         """Start the next product, and reply to the requests of those that are done."""
         if self._queue and self._engine.has_room:
             self._alone = self._alone + 1 if len(self._queue) == 1 else 0
-            self._engine.start(self._queue.take())
+            requests = self._queue.take()
+            self._engine.start(requests)
+            if self._ahead and requests[0].rows:
+                self._ahead.after(requests[0].rows.group)
         self.dispatcher.finish(self._engine.finished())
 
 

@@ -82,6 +82,9 @@ class WorkerService(Protocol):
             DeviceMemoryError: no room.
         """
 
+    def weights(self, group: str) -> Tensor | None:
+        """Return a group's weights as they lie in memory, if that is known."""
+
     def sends_products(self, header: AnyRequest) -> bool:
         """Tell whether what ``multiply`` returns is, as it is, what the sender wants."""
 
@@ -123,13 +126,15 @@ class OpenService:
         """See ``WorkerService.rows``."""
         if not isinstance(header, messages.Linear):
             return None
-        x = tensors[0]
-        if x.dtype == torch.int8 and x.ndim:
-            group = self.linears.check(header.group, int8_rows.decode(x[:1]))
-            bound_result((len(x), group.rows + int8_rows.SCALE_BYTES))
+        # What the header says of the tensor has been found true.
+        shape, dtype = header.x.shape, codec.TORCH_DTYPES[header.x.dtype]
+        if dtype == torch.int8 and shape:
+            row = int8_rows.decode(tensors[0][:1])
+            group = self.linears.check(header.group, row.dtype, tuple(row.shape))
+            bound_result((shape[0], group.rows + int8_rows.SCALE_BYTES))
         else:
-            self.linears.check(header.group, x)
-        return Rows(header.group, len(tensors[0]))
+            self.linears.check(header.group, dtype, shape)
+        return Rows(header.group, shape[0])
 
     def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002  of every service
         """See ``WorkerService.operand``."""
@@ -139,6 +144,10 @@ class OpenService:
     def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
         """See ``WorkerService.multiply``."""
         return self.linears.multiply(group, x_MK, out_MN)
+
+    def weights(self, group: str) -> Tensor | None:
+        """See ``WorkerService.weights``."""
+        return self.linears.laid_out(group)
 
     def sends_products(self, header: AnyRequest) -> bool:
         """See ``WorkerService.sends_products``."""
@@ -183,11 +192,14 @@ class _CodesService:
             raise InputError(f"no linear group is named {group!r}.")
         return codes
 
-    @torch.inference_mode()
     def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
         """See ``WorkerService.multiply``."""
         with memory_errors(f"exact linear {group}", self.device):
             return multiply(x_MK.to(self.device), self._codes_of(group), out_MN)
+
+    def weights(self, group: str) -> Tensor | None:
+        """See ``WorkerService.weights``."""
+        return self._codes[group].laid_out
 
     def sends_products(self, header: AnyRequest) -> bool:  # noqa: ARG002  of every service
         """See ``WorkerService.sends_products``."""

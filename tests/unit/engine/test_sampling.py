@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from tsqp.engine import sampling as under_test
-from tsqp.engine.api import Sampling, TokenLogprobs
-from tsqp.engine.sampling import Chosen, LogitsError, Sampler, kept_tokens, prompt_logprobs
+from tsqp.engine.api import LogitsError, Sampling, TokenLogprobs
+from tsqp.engine.sampling import Chosen, Sampler, kept_tokens, prompt_logprobs
 from tsqp.errors import InternalError
 
 VOCAB = 1000

@@ -13,7 +13,8 @@ from torch import Tensor
 from tsqp.arith import native
 from tsqp.arith.paging import BLOCK_TOKENS, Segments
 from tsqp.errors import ExactnessError
-from tsqp.model.attention import causal_attention, paged_attention
+from tsqp.model.attention import causal_attention, keep, paged_attention
+from tsqp.model.layers import rotate_rows
 from tsqp.threads import using_threads
 
 SHAPES = [
@@ -98,7 +99,7 @@ def test_a_segment_has_the_same_bits_alone_and_in_other_blocks(
     way: str, shape: tuple[int, int, int], threads: int
 ) -> None:
     sequences = Sequences(*shape)
-    with using_threads(1 if way == "native" else threads):
+    with using_threads(1):
         together = sequences.attend(MIXED)
     with using_threads(threads):
         for other in (sequences.attend(MIXED, seed=1), sequences.attend(MIXED[::-1], seed=2)[::-1]):
@@ -196,3 +197,40 @@ def test_natively_shapes_are_checked() -> None:
         native.Kernels("avx2").attend_paged(q, pool, segments, q.clone())
     with pytest.raises(ExactnessError, match="cannot share"):
         kernels.attend_paged(q, torch.zeros(4, 2, 3, BLOCK_TOKENS, 8), segments, q.clone())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_is_kept_where_its_segments_find_it(way: str, shape: tuple[int, int, int]) -> None:
+    heads, kv_heads, size = shape
+    spans = [(3, 60, [4, 1]), (1, 0, [2]), (70, 100, [0, 3, 5])]
+    rows = sum(tokens for tokens, _, _ in spans)
+    qkv_MXH = torch.randn(rows, heads + 2 * kv_heads, size)
+    angles = (torch.randn(rows, size), torch.randn(rows, size))
+    pool = torch.full((7, 2, kv_heads, BLOCK_TOKENS, size), math.nan)
+    rotated_MXH = qkv_MXH.clone()
+    rotate_rows(rotated_MXH[:, : heads + kv_heads], *angles)
+    keep(qkv_MXH, angles, pool, Segments.of(spans))
+    assert torch.equal(qkv_MXH, rotated_MXH), way
+    row = 0
+    for tokens, first, table in spans:
+        for position in range(first, first + tokens):
+            kept = pool[table[position // BLOCK_TOKENS], :, :, position % BLOCK_TOKENS]
+            assert torch.equal(kept.flatten(0, 1), rotated_MXH[row, heads:])
+            row += 1
+    assert (~pool.isnan()).sum() == rows * 2 * kv_heads * size, "nothing else is written"
+
+
+def test_what_does_not_fit_a_step_is_not_kept(way: str) -> None:
+    angles = (torch.zeros(3, 8), torch.zeros(3, 8))
+    pool, qkv = torch.zeros(4, 2, 1, BLOCK_TOKENS, 8), torch.zeros(3, 4, 8)
+    for segments in (Segments.of([(4, 0, [0])]), Segments.of([(1, 0, [4])])):
+        with pytest.raises(ExactnessError, match="the segments need"):
+            keep(qkv, angles, pool, segments)
+    if way == "native":
+        kernels, segments = native.kernels(), Segments.of([(3, 0, [0])])
+        assert kernels
+        with pytest.raises(ExactnessError, match="are not queries, keys and values"):
+            kernels.keep(qkv[:, :2].contiguous(), *angles, pool, segments)
+        for operands in ((qkv[..., ::2], *angles, pool[..., :4]), (qkv, angles[0][:2], angles[1], pool)):
+            with pytest.raises(ExactnessError, match="a native kernel takes"):
+                kernels.keep(*operands, segments)

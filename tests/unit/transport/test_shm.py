@@ -29,7 +29,7 @@ LIMIT_BYTES = 1 << 16
 PATIENCE_S = 60.0
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 REGION_BYTES = mmap.PAGESIZE + 2 * LIMIT_BYTES
-GREETING = b"tsqp region 1"
+GREETING = b"tsqp region 2"
 DEV_SHM = Path("/dev/shm")  # noqa: S108
 
 
@@ -220,7 +220,7 @@ def test_a_message_that_does_not_fit_takes_no_room(client: ShmClient) -> None:
     assert client._link._spans.used == 0
 
 
-@pytest.mark.parametrize("datagram", [b"\x01", struct.pack("<IQQ", 1, LIMIT_BYTES, 1)], ids=["short", "elsewhere"])
+@pytest.mark.parametrize("datagram", [b"\x01", struct.pack("<QQQ", 1, LIMIT_BYTES, 1)], ids=["short", "elsewhere"])
 def test_a_malformed_message_is_counted(client: ShmClient, server: Server, datagram: bytes) -> None:
     """What comes after it, if anybody still listens, has the number that its sender gave it."""
     exchange(client, server)
@@ -229,7 +229,7 @@ def test_a_malformed_message_is_counted(client: ShmClient, server: Server, datag
     with pytest.raises(ProtocolError):
         client.receive(PATIENCE_S)
     assert client._link._counters[0] == 2
-    guest.link.bell.send(struct.pack("<IQQ", 1, (1 << 64) - 1, 2) + b"ok")
+    guest.link.bell.send(struct.pack("<QQQ", 1, (1 << 64) - 1, 2) + b"ok")
     number, delivery = client._link.receive()
     assert number == 2
     delivery.release()
@@ -423,14 +423,14 @@ def test_a_client_with_another_greeting_is_dropped(endpoint: Endpoint, server: S
     "datagram",
     [
         pytest.param(b"\x01", id="no count"),
-        pytest.param(struct.pack("<I", 1), id="no span"),
-        pytest.param(struct.pack("<IQQ", 1, (1 << 64) - 1, 5) + b"four", id="short inline frame"),
-        pytest.param(struct.pack("<IQQ", 1, LIMIT_BYTES, 1), id="the worker's own half"),
-        pytest.param(struct.pack("<IQQ", 1, LIMIT_BYTES - 4, 5), id="across the end of the half"),
-        pytest.param(struct.pack("<IQQ", 1, 0, (1 << 64) - 1), id="huge length"),
-        pytest.param(struct.pack("<IQQ", 1, (1 << 64) - 2, 8), id="huge offset"),
-        pytest.param(struct.pack("<I", (1 << 31) - 1), id="huge count"),
-        pytest.param(struct.pack("<IQQQQ", 2, 0, LIMIT_BYTES, 0, 1), id="frames that overlap, larger than the half"),
+        pytest.param(struct.pack("<Q", 1), id="no span"),
+        pytest.param(struct.pack("<QQQ", 1, (1 << 64) - 1, 5) + b"four", id="short inline frame"),
+        pytest.param(struct.pack("<QQQ", 1, LIMIT_BYTES, 1), id="the worker's own half"),
+        pytest.param(struct.pack("<QQQ", 1, LIMIT_BYTES - 4, 5), id="across the end of the half"),
+        pytest.param(struct.pack("<QQQ", 1, 0, (1 << 64) - 1), id="huge length"),
+        pytest.param(struct.pack("<QQQ", 1, (1 << 64) - 2, 8), id="huge offset"),
+        pytest.param(struct.pack("<Q", (1 << 31) - 1), id="huge count"),
+        pytest.param(struct.pack("<QQQQQ", 2, 0, LIMIT_BYTES, 0, 1), id="frames that overlap, larger than the half"),
     ],
 )
 def test_a_datagram_that_points_elsewhere_ends_the_connection(
@@ -510,7 +510,7 @@ def test_a_client_that_takes_no_reply_for_long_is_dropped(
 ) -> None:
     with raw_client(endpoint, sealed_region()) as connection:
         for _ in range(2):
-            connection.send(struct.pack("<IQQ", 1, (1 << 64) - 1, 0))
+            connection.send(struct.pack("<QQQ", 1, (1 << 64) - 1, 0))
         for _ in range(2):
             receive(server).reply([bytes(40_000)])
         assert server.receive(0) is None

@@ -20,6 +20,7 @@ from tsqp.errors import DeviceMemoryError
 from tsqp.model.architecture import LinearGroup
 from tsqp.model.packed import open_codes
 from tsqp.transport.base import Buffer, Incoming
+from tsqp.transport.spinning import Ahead
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import AnyReply, AnyRequest, TensorSpec
 from tsqp.worker import batching
@@ -68,6 +69,8 @@ class Client:
 
 class Line:
     """A transport whose messages are all there at once; the loop ends when they are taken."""
+
+    ahead: Ahead | None = None
 
     def __init__(self, incoming: Sequence[Incoming]) -> None:
         self._incoming = list(incoming)
@@ -339,6 +342,8 @@ def test_behind_a_lone_client_the_worker_looks_seldom(exact: ExactService) -> No
 
 class OneByOne:
     """A transport on which a message comes after the reply to the one before: to who waits, not to who looks."""
+
+    ahead: Ahead | None = None
 
     def __init__(self, line: Line) -> None:
         self._line = line
