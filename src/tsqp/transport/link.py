@@ -188,10 +188,25 @@ class Link:
             ProtocolError, OSError, EOFError: as ``flush``.
         """
         if not self._slots and len(frames) < _FEW and sum(map(len, frames)) <= _INLINE_BYTES:
-            self._unsent.append(_Outgoing([], consumes, _inlined(frames)))
+            datagram = _inlined(frames)
+            if not self._unsent and self._sent_at_once(datagram, consumes):
+                return
+            self._unsent.append(_Outgoing([], consumes, datagram))
         else:
             self._unsent.append(_Outgoing(self._parts(frames), consumes))
         self.flush()
+
+    def _sent_at_once(self, datagram: bytes, consumes: int | None) -> bool:
+        """Send a message that takes nothing of the region, unless it must wait; tell whether it did not."""
+        try:
+            self.bell.send(datagram)
+        except BlockingIOError:
+            return False
+        self._flying.append([])
+        if consumes is not None:
+            self.release(consumes)
+        self._collect()
+        return True
 
     def _parts(self, frames: Sequence[Buffer]) -> list[_Part]:
         """Sort frames into slots, short ones and long ones.

@@ -49,7 +49,7 @@ class Waiting:
     @property
     def size_bytes(self) -> int:
         """Bytes that it holds while it waits."""
-        return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors)
+        return sum(map(len, self.incoming.frames))
 
 
 class Queue:
@@ -77,8 +77,9 @@ class Queue:
 
         Together they have at most ``MAX_BATCH_ROWS`` rows, if the oldest alone has not more.
         """
-        if not self._waiting:
-            return []
+        if len(self._waiting) < 2:  # noqa: PLR2004
+            taken, self._waiting, self._bytes = self._waiting, [], 0
+            return taken
         oldest = self._waiting[0]
         taken, kept = [oldest], []
         room = MAX_BATCH_ROWS - (oldest.rows.count if oldest.rows else 0)

@@ -94,13 +94,13 @@ class Dispatcher:
     def finish(self, products: Sequence[Product]) -> None:
         """Reply to every request that these products answer."""
         for product in products:
-            self.products += 1
-            self.product_requests += len(product.requests)
-            self.compute_ns += product.compute_ns
             started_ns = max(0, time.monotonic_ns() - product.compute_ns)  # it is done now; for display only
             for request, outcome in zip(product.requests, product.outcomes, strict=True):
                 times = (product.share_ns(request), started_ns)
                 self._send(request.incoming.reply, self._result(request, outcome, times))
+            self.products += 1
+            self.product_requests += len(product.requests)
+            self.compute_ns += product.compute_ns
 
     def _result(self, request: Waiting, outcome: Result | Exception, times: tuple[int, int]) -> list[Buffer]:
         if isinstance(outcome, Exception):
@@ -110,8 +110,8 @@ class Dispatcher:
         return [messages.encode(result), outcome.frame]
 
     def _send(self, reply: Send, frames: list[Buffer]) -> None:
-        self.bytes_sent += sum(map(len, frames))
         reply(frames)
+        self.bytes_sent += sum(map(len, frames))
 
     def _state_reply(self, request_id: int) -> list[Buffer]:
         if self.service.serves != "open":

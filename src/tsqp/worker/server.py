@@ -78,13 +78,15 @@ class Worker:
 
     def _work(self) -> None:
         """Start the next product, and reply to the requests of those that are done."""
+        rows = None
         if self._queue and self._engine.has_room:
             self._alone = self._alone + 1 if len(self._queue) == 1 else 0
             requests = self._queue.take()
+            rows = requests[0].rows
             self._engine.start(requests)
-            if self._ahead and requests[0].rows:
-                self._ahead.after(requests[0].rows.group)
         self.dispatcher.finish(self._engine.finished())
+        if self._ahead and rows:
+            self._ahead.after(rows.group)
 
 
 def engine_for(service: WorkerService) -> Engine:

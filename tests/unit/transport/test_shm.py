@@ -447,6 +447,7 @@ def test_a_counter_that_lies_ends_the_connection(client: ShmClient, server: Serv
     incoming = receive(server)
     client._link._counters[0] = 7
     incoming.reply([b"answer"])
+    assert bytes(client.receive(PATIENCE_S).frames[0]) == b"answer"
     with pytest.raises(TransportClosedError):
         client.receive(PATIENCE_S)
 

@@ -127,8 +127,9 @@ def floats(tiny_llama: Path) -> OpenService:
 
 def waiting(request_id: int, group: str | None, rows: int = 1) -> Waiting:
     header = messages.LinearExact(id=request_id, group=group or "x", x=TensorSpec("int32", (rows, 1)))
-    incoming = Incoming((), legacy=False, reply=lambda _frames: None)
-    return Waiting(header, (torch.zeros(rows, 1, dtype=torch.int32),), Rows(group, rows) if group else None, incoming)
+    x_MK = torch.zeros(rows, 1, dtype=torch.int32)
+    incoming = Incoming((codec.frame_of(x_MK),), legacy=False, reply=lambda _frames: None)
+    return Waiting(header, (x_MK,), Rows(group, rows) if group else None, incoming)
 
 
 def drained(*requests: Waiting) -> list[list[int]]:
