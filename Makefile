@@ -19,6 +19,8 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard src/tsqp/native/*)
 
 demo: $(STAMP)  ## Run the bundled model split, local and monolithic, and compare them.
 	$(BIN)/python examples/compare_levels.py
+	@echo
+	@echo "To chat in the browser and watch what the worker sees meanwhile: $(BIN)/tsqp demo (or $(BIN)/tsqp demo --level open)"
 
 test: $(STAMP)  ## Run all tests.
 	$(BIN)/python -m pytest

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import msgspec
 
-from tsqp.reports import BenchReport, Variant
+from tsqp.measurements import BenchReport, Variant
 
 mpl.use("svg")
 from matplotlib import pyplot as plt

@@ -20,7 +20,8 @@ from tsqp.bench import hardware
 from tsqp.bench.perplexity import perplexity
 from tsqp.config import WIRE_DTYPES, EnclaveConfig
 from tsqp.launch import local_worker
-from tsqp.levels import Model, Runnable, open_model, runnable
+from tsqp.levels import Model, open_model, runnable
+from tsqp.loaded import Runnable
 
 MODEL = "smollm2"
 TEXT = Path(__file__).parent / "texts" / "alice.txt"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tsqp.reports import (
+from tsqp.measurements import (
     BenchReport,
+    DecodePoint,
+    DecodeReport,
     Floor,
     Hardware,
     LevelsReport,
@@ -15,6 +17,7 @@ from tsqp.reports import (
     Ratio,
     ScalingPoint,
     ScalingReport,
+    StepParts,
     TransportPoint,
     TransportReport,
     TransportRow,
@@ -89,6 +92,47 @@ def scaling(level: str, tokens: int, batch: int) -> ScalingPoint:
     )
 
 
+def decoding(name: str, batch: int, tokens_per_s: float) -> DecodePoint:
+    """One variant of generation, with bytes where there is a link."""
+    masked = name.startswith("masked")
+    step_s = batch / tokens_per_s
+    return DecodePoint(
+        name=name,
+        settings="as it <b>is",
+        level="masked" if masked else name,
+        masks="ready" if name == "masked" else "made within" if masked else "",
+        batch=batch,
+        tokens_per_s=tokens_per_s,
+        median_s=step_s,
+        p10_s=0.9 * step_s,
+        p90_s=1.1 * step_s,
+        p95_s=1.2 * step_s,
+        all_s=[step_s],
+        bytes_per_token=1e6 * (masked or name == "open"),
+        mask_wait_s=0.01 * (name == "masked-sustained"),
+        mask_fill_s=0.0,
+    )
+
+
+def step_parts(name: str, sampling: str = "greedy", overhead_s: float = 0.0025) -> StepParts:
+    """A step of 16 requests whose parts add up."""
+    return StepParts(
+        name=name,
+        sampling=sampling,
+        batch=16,
+        step_s=0.04 + overhead_s,
+        products_s=0.035,
+        worker_s=0.025,
+        wire_s=0.004,
+        attention_s=0.005,
+        between_s=overhead_s - 0.001,
+        sampling_s=0.0006,
+        scheduling_s=0.0004,
+        overhead_s=overhead_s,
+        all_overhead_s=[overhead_s],
+    )
+
+
 VARIANTS = [variant("local", split=False), variant("open"), variant("masked")]
 LEVELS = ("open", "masked", "local", "monolithic")
 REPORTS: tuple[Measurement, ...] = (
@@ -124,6 +168,25 @@ REPORTS: tuple[Measurement, ...] = (
             for delay in (0.0, 1.0)
             for count in (1, 2)
         ],
+    ),
+    DecodeReport(
+        **HEADING,
+        **MODEL,
+        prompt_tokens=32,
+        tokens=64,
+        mask_pool=1536,
+        mask_pool_bytes=10**9,
+        points=[
+            decoding(name, batch, rate * batch**0.7)
+            for name, rate in (
+                ("transformers-active", 20.0),
+                ("local", 40.0),
+                ("open", 30.0),
+                ("masked-sustained", 9.0),
+            )
+            for batch in (1, 16)
+        ],
+        steps=[step_parts("local"), step_parts("open"), step_parts("open", "top-p 0.9", 0.004)],
     ),
     TransportReport(
         **HEADING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,9 @@ from workers import StartWorker, running_worker
 from tsqp.model.locate import BUNDLED, bundled_file, locate, locate_packed
 
 logging.disable_progress_bar()
+# A shell starts what runs in the background with Ctrl-C ignored, and commands under test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tsqp.engine.api import (
+    ClosingError,
     EngineStats,
     Failed,
     Finished,
@@ -49,6 +51,15 @@ def byte_tokenizer(*, begins: bool = False, template: str | None = TEMPLATE) -> 
     )
     companions = {"tokenizer_config.json": json.dumps(config).encode()}
     return OurTokenizer(tokenizer.to_str().encode(), companions=companions)
+
+
+def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> None:
+    """Write ``byte_tokenizer`` into a checkpoint's directory, as transformers reads it too."""
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.json").write_text(byte_tokenizer()._tokenizer.to_str(), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    chat = {"chat_template": template} if template else {}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | chat), encoding="utf-8")
 
 
 def tiny_served(level: str = "open", *, begins: bool = False, template: str | None = TEMPLATE) -> ServedModel:
@@ -102,7 +113,7 @@ class FakeEngine:
             if self.refusal is not None:
                 raise self.refusal
             if self.closed_with is not None:
-                raise TsqpError("the engine is closing.")
+                raise ClosingError("the engine is closing.")
             if len(generation.prompt_ids) + generation.max_tokens > self.context_length:
                 raise InputError("prompt is longer than the context.")
             if len(self.running) >= self.queue_limit:

@@ -76,6 +76,7 @@ class Fake:
         key: that requests must carry.
         failure: sent as an error event after the pieces.
         refusal: status and message with which chat requests are refused.
+        names_model: the list of models is answered once it is set.
     """
 
     level: str | None = "open"
@@ -86,18 +87,22 @@ class Fake:
     refusal: tuple[int, str] | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    names_model: threading.Event = field(default_factory=threading.Event)
     url: str = ""
     sent: str = ""
     hung_up: threading.Event = field(default_factory=threading.Event)
     closing: threading.Event = field(default_factory=threading.Event)
 
+    def __post_init__(self) -> None:
+        self.names_model.set()
+
     def status(self) -> dict[str, Any]:
         """Return ``EngineStats`` as JSON, with the model's name and the level."""
         done = len(self.sent)
         masked = self.level == "masked"
-        seconds = {"worker": 0.8, "wire": 0.1, "enclave": 0.3, "attention": 0.12, "sampling": 0.03}
+        seconds = {"worker": 0.8, "wire": 0.1, "enclave": 0.4, "attention": 0.12, "sampling": 0.03}
         if masked:
-            seconds |= {"quantise": 0.05, "mask": 0.09, "check": 0.11, "mask_wait": 0.0}
+            seconds |= {"quantise": 0.05, "mask": 0.06, "check": 0.07, "mask_wait": 0.0, "mask_fill": 0.5}
         return {
             "running": int(bool(done) and not self.closing.is_set()), "queued": 0, "blocks_free": 240,
             "blocks_total": 256, "block_tokens": 16, "steps": done, "prompt_tokens": 30, "completion_tokens": done,
@@ -105,6 +110,7 @@ class Fake:
             "pool_wanted": 124_000 if masked else 0, "bytes_sent": 40_000 * done, "bytes_received": 90_000 * done,
             "integrity_failures": 0, "seconds": {name: value * done / 20 for name, value in seconds.items()},
             "ready": True, "reason": "", "model": "smollm2", "level": self.level or "masked",
+            "view": self.level is not None,
         }  # fmt: skip
 
 
@@ -126,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/status":
             self._json(200, self.fake.status())
         elif path == "/v1/models":
+            self.fake.names_model.wait()
             self._json(200, {"object": "list", "data": [{"id": "smollm2", "object": "model"}]})
         elif path == "/view" and self.fake.level:
             self._view(self.fake.level)
@@ -209,6 +216,7 @@ def serving(fake: Fake) -> Iterator[Fake]:
         yield fake
     finally:
         fake.closing.set()
+        fake.names_model.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -1,4 +1,4 @@
-"""Runs the HTTP server before a ``FakeEngine`` in a thread of the test's process, on a free port."""
+"""Runs the HTTP server before an engine in a thread of the test's process, on a free port."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fake_engine import FakeEngine, tiny_served
 
 from tsqp.config import ServeConfig
+from tsqp.engine.api import Engine
 from tsqp.serve.app import View, create_app
 from tsqp.serve.served_model import ServedModel
 from tsqp.serve.server import Server, bind, url_of
@@ -33,7 +34,7 @@ class Running:
 
 @contextmanager
 def http_server(
-    engine: FakeEngine,
+    engine: Engine,
     *,
     level: str = "open",
     model: ServedModel | None = None,
@@ -52,7 +53,8 @@ def http_server(
         assert started.wait(_START_S), "the server did not start"
         yield Running(url_of(listening, config), server, thread)
     finally:
-        engine.release()
+        if isinstance(engine, FakeEngine):
+            engine.release()
         server.should_exit = True
         thread.join()
         listening.close()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as PlainTokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,6 +102,14 @@ def tiny_checkpoint(
     model.to(stored).save_pretrained(directory, max_shard_size=max_shard_size)
     if old_config:
         edit_json(directory / "config.json", _as_transformers_4)
+    return directory
+
+
+def tiny_checkpoint_with_words(directory: Path, **options: Any) -> Path:
+    """Save one with a tokenizer whose tokens are the words w0 to w100; see ``tiny_checkpoint``."""
+    directory = tiny_checkpoint(directory, **options)
+    plain = PlainTokenizer(WordLevel({f"w{index}": index for index in range(101)}, unk_token="w0"))  # noqa: S106
+    plain.save(str(directory / "tokenizer.json"))
     return directory
 
 

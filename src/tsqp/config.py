@@ -1,8 +1,8 @@
 """Settings, parsed once at the edge of a process: flags over environment over file over defaults.
 
 The published variables (``LLAMA_*``) keep their names and defaults; ours are ``TSQP_*``. A settings file is TOML,
-named by ``TSQP_CONFIG``, with one table per role (``[worker]``, ``[enclave]``, ``[serve]``). Unknown keys and
-unparsable values raise. docs/configuration.md lists every setting.
+named by ``TSQP_CONFIG``, with one table per role (``[worker]``, ``[enclave]``, ``[engine]``, ``[serve]``). Unknown keys
+and unparsable values raise. docs/configuration.md lists every setting.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class EnclaveConfig:
 
     ``worker_key``: the worker's public key, as a file or as text; None means a link in clear. ``masks`` None means
     ``dealers`` where there are any, else ``enclave``; ``dealer_keys`` are the dealers' public keys in the same order.
-    ``mask_pool`` is for how many tokens masks are kept ready; None means one prompt in ``tsqp prefill`` and none in a
-    library call. ``codes`` names a packed model
-    whose ``worker/`` is on this machine; None streams the codes from the worker. ``retries``: how often a product is
+    ``mask_pool`` is for how many tokens masks are kept ready; None means one prompt in ``tsqp prefill``, what a step
+    can take in an engine, and none in a library call. ``codes`` names a packed model whose ``worker/`` is on this
+    machine; None streams the codes from the worker. ``retries``: how often a product is
     sent again when the link fails. ``wire_dtype``: in which activations travel at `open`; None means ``dtype``.
     ``micro_batches``: into how many parts a prefill is cut that take turns, so that one is computed while another's
     product is away; None chooses by the prompt's length.
@@ -115,6 +115,29 @@ class EnclaveConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine, which continues many prompts together.
+
+    ``workers``: addresses, of which one is used at a time and the others when it is lost; where there are none,
+    ``EnclaveConfig.worker``. ``worker_keys`` are their public keys in the same order; none means
+    ``EnclaveConfig.worker_key``. ``kv_memory`` is for keys and values, in bytes. ``max_running``: requests that are
+    generated together. ``max_queued``: requests that wait for room. ``step_tokens``: how many tokens a step computes at
+    most, of prompts and answers together. ``reuse_prefixes``: whether beginnings of prompts are found again, within
+    one API key; None means at every level but `masked`.
+    """
+
+    SECTION: typing.ClassVar[str] = "engine"
+
+    workers: tuple[str, ...] = _setting((), "TSQP_WORKERS")
+    worker_keys: tuple[str, ...] = _setting((), "TSQP_WORKER_KEYS")
+    kv_memory: int = _setting(1 << 30, "TSQP_KV_MEMORY", limits=(1, 1 << 50))
+    max_running: int = _setting(64, "TSQP_MAX_RUNNING", limits=(1, 1 << 16))
+    max_queued: int = _setting(256, "TSQP_MAX_QUEUED", limits=(1, 1 << 20))
+    step_tokens: int = _setting(256, "TSQP_STEP_TOKENS", limits=(64, 1 << 16))
+    reuse_prefixes: str | None = _setting(None, "TSQP_REUSE_PREFIXES", choices=("on", "off"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """Settings of the HTTP server that ``tsqp serve`` puts before an enclave.
 
@@ -140,8 +163,8 @@ class ServeConfig:
     drain_s: float = _setting(30.0, "TSQP_DRAIN_S", limits=(0, _MAX_TIMEOUT_S))
 
 
-KINDS = (WorkerConfig, EnclaveConfig, ServeConfig)
-Config = TypeVar("Config", WorkerConfig, EnclaveConfig, ServeConfig)
+KINDS = (WorkerConfig, EnclaveConfig, EngineConfig, ServeConfig)
+Config = TypeVar("Config", WorkerConfig, EnclaveConfig, EngineConfig, ServeConfig)
 
 
 def load(

@@ -12,6 +12,11 @@ class TsqpError(Exception):
     exit_code = 1
 
 
+def bare(error: TsqpError) -> TsqpError:
+    """Return the same error, not from anywhere: frames hold prompts, and an error that is raised again keeps more."""
+    return type(error)(*error.args)
+
+
 class AuditError(TsqpError):
     """The audit found something else than it must: an attack that succeeds where it must fail, or the reverse."""
 

@@ -108,5 +108,11 @@ class Meter:
 
     def since(self, before: Meter) -> Meter:
         """Return what has been added since a copy of this meter was made."""
-        counted = [entry.name for entry in fields(self) if entry.name != "recorder"]
-        return Meter(**{name: getattr(self, name) - getattr(before, name) for name in counted})
+        return Meter(**{name: getattr(self, name) - getattr(before, name) for name in _COUNTS})
+
+    def plus(self, other: Meter) -> Meter:
+        """Return the costs of both."""
+        return Meter(**{name: getattr(self, name) + getattr(other, name) for name in _COUNTS})
+
+
+_COUNTS = tuple(entry.name for entry in fields(Meter) if entry.name != "recorder")

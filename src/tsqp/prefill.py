@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import InputError
-from tsqp.levels import Runnable
+from tsqp.loaded import Runnable
 from tsqp.meter import Meter
 from tsqp.model.architecture import LlamaConfig
 from tsqp.model.llama import check_prompt_length

@@ -18,7 +18,7 @@ from tsqp.config import DEFAULT_PORT, EnclaveConfig, WorkerConfig
 from tsqp.threads import set_threads, share_cores
 
 if TYPE_CHECKING:
-    from tsqp.levels import Runnable
+    from tsqp.loaded import Runnable
 
 DEFAULT_ENDPOINT = f"localhost:{DEFAULT_PORT}"
 _RULE = "=" * 50

@@ -44,7 +44,8 @@ from tsqp.errors import (
     TransportClosedError,
     TsqpError,
 )
-from tsqp.levels import Model, Runnable, runnable
+from tsqp.levels import Model, runnable
+from tsqp.loaded import Runnable
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec, messages
 from tsqp.worker.dispatch import Dispatcher

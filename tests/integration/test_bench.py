@@ -12,7 +12,7 @@ from traces import well_formed, worker_within_requests
 from typer.testing import CliRunner
 
 from tsqp.cli import app
-from tsqp.reports import BenchReport, LevelsReport, Measurement, OverlapReport, ScalingReport, TransportReport
+from tsqp.measurements import BenchReport, LevelsReport, Measurement, OverlapReport, ScalingReport, TransportReport
 
 Report = TypeVar("Report", bound=Measurement)
 
@@ -128,4 +128,4 @@ def test_mistakes_are_named_before_anything_is_measured(
 
 def test_bench_alone_shows_its_commands() -> None:
     _, out, err = run()
-    assert all(name in out + err for name in ("prefill", "levels", "transport", "scaling", "overlap"))
+    assert all(name in out + err for name in ("prefill", "levels", "transport", "scaling", "overlap", "decode"))

@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_checkpoint
-from tokenizers import Tokenizer as PlainTokenizer
-from tokenizers.models import WordLevel
+from tiny_models import tiny_checkpoint_with_words
 from typer.testing import CliRunner
 
 from tsqp.cli import app
@@ -37,10 +35,7 @@ main()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tiny_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
-    plain = PlainTokenizer(WordLevel({f"w{index}": index for index in range(101)}, unk_token="w0"))  # noqa: S106
-    plain.save(str(directory / "tokenizer.json"))
-    return directory
+    return tiny_checkpoint_with_words(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
 
 
 @contextmanager

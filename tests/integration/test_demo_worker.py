@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_checkpoint
-from tokenizers import Tokenizer as PlainTokenizer
-from tokenizers.models import WordLevel
+from tiny_models import tiny_checkpoint_with_words
 
 from tsqp.config import EnclaveConfig
 from tsqp.errors import SetupError
@@ -27,10 +25,7 @@ CONFIG = EnclaveConfig(mask_pool=8)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tiny_checkpoint(tmp_path_factory.mktemp("model"), hidden_size=96, num_hidden_layers=2)
-    plain = PlainTokenizer(WordLevel({f"w{index}": index for index in range(101)}, unk_token="w0"))  # noqa: S106
-    plain.save(str(directory / "tokenizer.json"))
-    return directory
+    return tiny_checkpoint_with_words(tmp_path_factory.mktemp("model"), hidden_size=96, num_hidden_layers=2)
 
 
 async def _until(source: ViewSource, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from engine_answers import Answer
 from transformers import AutoModelForCausalLM
 from workers import free_port
 
 from tsqp.config import EnclaveConfig
-from tsqp.engine.api import Engine, Event, Failed, Finished, Generation, PromptRead, Sampling, Token
+from tsqp.engine.api import Engine, Failed, Finished, Generation, PromptRead, Sampling
 from tsqp.engine.loop import open_engine
 from tsqp.errors import TransportError
 from tsqp.launch import local_worker
@@ -35,28 +36,6 @@ PROMPTS = (
 TOKENS = 64
 GREEDY = Sampling(temperature=0)
 _PATIENCE_S = 120
-
-
-@dataclass
-class Answer:
-    """What came of one request."""
-
-    events: list[Event] = field(default_factory=list)
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def take(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, (Finished, Failed)):
-            self.ended.set()
-
-    @property
-    def ids(self) -> list[int]:
-        return [event.id for event in self.events if isinstance(event, Token)]
-
-    @property
-    def end(self) -> Event:
-        assert self.ended.wait(_PATIENCE_S)
-        return self.events[-1]
 
 
 @dataclass

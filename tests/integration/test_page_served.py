@@ -48,7 +48,7 @@ def test_the_page_chats_with_the_server_that_serves_it(page: Page, level: str) -
         page.open(server.url)
         page.until(f"document.querySelector('#model').textContent === '{MODEL}'")
         page.until(f"document.querySelector('#level').textContent === '{level}'")
-        page.until("document.querySelector('#state').textContent.startsWith('ready.')")
+        page.until("document.querySelector('#state').textContent.startsWith('Ready.')")
         page.type("#prompt", "Hello")
         page.press("Enter", 13)
         page.until(DONE)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness asks the server for log-probabilities: a task made here, and an engine that needs no model."""
+"""lm-evaluation-harness asks a server over the bundled model for log-probabilities; transformers' are the same."""
 
 from __future__ import annotations
 
@@ -7,14 +7,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from fake_engine import LOGPROB, MODEL, FakeEngine, byte_tokenizer
-from http_server import http_server
+import pytest
+import torch
+from real_serving import MODEL, real_server
+from soak.answers import float32_error
+from tiny_models import reference_from
+
+from tsqp.model.architecture import linear_groups, read_config
+from tsqp.model.tokenizer import read_tokenizer
 
 QUESTIONS = [
     {"question": "The sky is", "choices": [" blue", " a cold soup of letters"], "gold": 0},
     {"question": "Water is", "choices": [" dry as last year's bread", " wet"], "gold": 1},
-    {"question": "Two and two is", "choices": [" four", " a longer answer"], "gold": 1},
+    {"question": "Two and two is", "choices": [" four", " a longer answer"], "gold": 0},
+    {
+        "question": "Question: What is the capital of France?\nAnswer:",
+        "choices": [" Paris", " Rome", " Oslo"],
+        "gold": 0,
+    },
+    {"question": "Ein Löffel ist zum Essen da, und ein Bett", "choices": [" zum Schlafen", " zum Fliegen"], "gold": 0},
 ]
 TASK = """
 task: own
@@ -36,17 +49,9 @@ def write_task(directory: Path) -> None:
     (directory / "own.yaml").write_text(TASK.format(data=data), encoding="utf-8")
 
 
-def write_tokenizer(directory: Path) -> None:
-    directory.mkdir()
-    tokenizer = byte_tokenizer()._tokenizer
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def evaluate(url: str, directory: Path) -> dict[str, object]:
+def evaluate(url: str, tokenizer: Path, directory: Path) -> dict[str, Any]:
     """Run the harness as its users do; return its results."""
-    model = f"model={MODEL},base_url={url}/v1/completions,tokenizer_backend=huggingface,tokenizer={directory}/tokenizer"
+    model = f"model={MODEL},base_url={url}/v1/completions,tokenizer_backend=huggingface,tokenizer={tokenizer}"
     words = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"]
     words += ["--model_args", f"{model},num_concurrent=2,max_retries=1", "--tasks", "own", "--include_path", "."]
     words += ["--batch_size", "2", "--output_path", "out", "--log_samples"]
@@ -61,17 +66,46 @@ def evaluate(url: str, directory: Path) -> dict[str, object]:
     return {"acc": found["acc,none"], "samples": sorted(lines, key=lambda line: line["doc_id"])}
 
 
-def test_its_log_likelihoods_are_those_of_the_engine(tmp_path: Path) -> None:
+class Reference:
+    """Log-likelihoods by transformers, and by how much another float32 computation may differ."""
+
+    def __init__(self, directory: Path) -> None:
+        self._model = reference_from(directory)
+        self._tokenizer = read_tokenizer(directory)
+        architecture = read_config(directory)
+        inputs = max(group.in_features for group in linear_groups(architecture))
+        self._error = float32_error(architecture.layers, inputs)
+
+    @torch.inference_mode()
+    def likelihood(self, question: str, choice: str) -> tuple[float, bool, float]:
+        """Return how likely a choice is after a question, whether it is the likeliest, and the sum's tolerance.
+
+        A log-probability is off by at most twice what its logit is.
+        """
+        asked, whole = self._tokenizer.encode(question), self._tokenizer.encode(question + choice)
+        count = len(whole) - len(asked)
+        assert whole[: len(asked)] == asked
+        logits_TV = self._model(torch.tensor([whole])).logits[0, len(asked) - 1 : -1].float()
+        ids = torch.tensor(whole[len(asked) :])
+        logprobs = logits_TV.log_softmax(-1)[range(count), ids]
+        likeliest = bool((logits_TV.argmax(-1) == ids).all())
+        return float(logprobs.sum()), likeliest, count * 2 * self._error * float(logits_TV.abs().max())
+
+
+def test_its_log_likelihoods_are_those_of_transformers(tmp_path: Path, bundled_directory: Path) -> None:
     write_task(tmp_path)
-    write_tokenizer(tmp_path / "tokenizer")
-    engine = FakeEngine()
-    with http_server(engine) as server:
-        found = evaluate(server.url, tmp_path)
-    samples = found["samples"]
-    assert isinstance(samples, list)
-    for question, sample in zip(QUESTIONS, samples, strict=True):
-        likelihoods = [float(entry[0]) for entry in sample["filtered_resps"]]
-        assert likelihoods == [LOGPROB * len(text) for text in question["choices"]]  # type: ignore[attr-defined]
-    # With equal scores for all tokens the shorter choice is the likelier.
-    assert found["acc"] == 2 / 3
-    assert all(generation.prompt_logprobs for generation in engine.submitted)
+    with real_server(bundled_directory, "open") as server:
+        found = evaluate(server.url, bundled_directory, tmp_path)
+    reference = Reference(bundled_directory)
+    right = 0
+    for question, sample in zip(QUESTIONS, found["samples"], strict=True):
+        best = []
+        for choice, response in zip(question["choices"], sample["filtered_resps"], strict=True):  # type: ignore[call-overload]
+            expected, likeliest, tolerance = reference.likelihood(str(question["question"]), choice)
+            assert tolerance < 0.05, "too much to tell anything"
+            assert float(response[0]) == pytest.approx(expected, rel=0, abs=tolerance)
+            assert str(response[1]) == str(likeliest)
+            best.append(expected)
+        right += best.index(max(best)) == question["gold"]
+    assert found["acc"] == right / len(QUESTIONS)
+    assert right >= 3

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsqp.config import EnclaveConfig, WorkerConfig, load
+from tsqp.config import EnclaveConfig, EngineConfig, ServeConfig, WorkerConfig, load
 from tsqp.errors import ConfigError
 
 Kind = type[Any]
-KINDS: list[Kind] = [WorkerConfig, EnclaveConfig]
+KINDS: list[Kind] = [WorkerConfig, EnclaveConfig, EngineConfig, ServeConfig]
 
 
 def settings_file(directory: Path, text: str | bytes) -> dict[str, str]:
@@ -47,6 +47,14 @@ def test_published_defaults() -> None:
         (EnclaveConfig, "TSQP_LEVEL", "local", "level", "local"),
         (EnclaveConfig, "TSQP_CONNECT_TIMEOUT_S", "0.5", "connect_timeout_s", 0.5),
         (EnclaveConfig, "TSQP_REQUEST_TIMEOUT_S", "7", "request_timeout_s", 7.0),
+        (EngineConfig, "TSQP_WORKERS", "a:1, shm:///b", "workers", ("a:1", "shm:///b")),
+        (EngineConfig, "TSQP_WORKER_KEYS", "a.key,b.key", "worker_keys", ("a.key", "b.key")),
+        (EngineConfig, "TSQP_KV_MEMORY", "1000000", "kv_memory", 1_000_000),
+        (EngineConfig, "TSQP_MAX_RUNNING", "3", "max_running", 3),
+        (EngineConfig, "TSQP_MAX_QUEUED", "4", "max_queued", 4),
+        (EngineConfig, "TSQP_STEP_TOKENS", "64", "step_tokens", 64),
+        (EngineConfig, "TSQP_REUSE_PREFIXES", "off", "reuse_prefixes", "off"),
+        (ServeConfig, "TSQP_MAX_REQUESTS", "5", "max_requests", 5),
     ],
 )
 def test_every_variable_sets_its_field(kind: Kind, name: str, text: str, field: str, value: object) -> None:
@@ -96,6 +104,12 @@ def test_an_unknown_variable_of_ours_is_refused_and_others_are_not_read(kind: Ki
         (EnclaveConfig, "TSQP_REQUEST_TIMEOUT_S", "nan", "request_timeout_s nan: expected"),
         (EnclaveConfig, "TSQP_REQUEST_TIMEOUT_S", "inf", "request_timeout_s inf: expected"),
         (EnclaveConfig, "TSQP_REQUEST_TIMEOUT_S", "-1", "request_timeout_s -1.0: expected"),
+        (EngineConfig, "TSQP_KV_MEMORY", "1 GiB", "TSQP_KV_MEMORY: expected int, got '1 GiB'"),
+        (EngineConfig, "TSQP_KV_MEMORY", "0", "kv_memory 0: expected at least 1"),
+        (EngineConfig, "TSQP_MAX_RUNNING", "0", "max_running 0: expected at least 1 and at most 65536"),
+        (EngineConfig, "TSQP_MAX_QUEUED", "-1", "max_queued -1: expected at least 1"),
+        (EngineConfig, "TSQP_STEP_TOKENS", "63", "step_tokens 63: expected at least 64"),
+        (EngineConfig, "TSQP_REUSE_PREFIXES", "yes", "unknown reuse_prefixes 'yes': expected one of on, off"),
     ],
 )
 def test_a_wrong_value_names_the_setting_and_what_was_expected(kind: Kind, name: str, text: str, message: str) -> None:
@@ -123,7 +137,7 @@ def test_an_empty_key_is_a_mistake_and_not_a_link_in_clear(kind: Kind, name: str
     [
         ("[worker", "not valid TOML"),
         (b"[worker]\nmodel = '\xff'", "not valid TOML"),
-        ("[gpu]", r"unknown table \[gpu\]; known: enclave, serve, worker"),
+        ("[gpu]", r"unknown table \[gpu\]; known: enclave, engine, serve, worker"),
         ("port = 1", r"unknown table \[port\]"),
         ("worker = 5", "worker is not a table"),
         ("[worker]\nprot = 1", r"unknown key 'prot' in \[worker\]; known: .*port"),

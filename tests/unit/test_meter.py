@@ -24,6 +24,12 @@ def test_what_was_added_since_a_copy_leaves_the_recorder_out() -> None:
     assert meter.since(before).recorder is None
 
 
+def test_costs_of_two_runs_add_up_without_their_recorders() -> None:
+    both = Meter(round_trips=3, check_ns=1, recorder=Recorder()).plus(Meter(round_trips=2, bytes_sent=5))
+    assert both == Meter(round_trips=5, check_ns=1, bytes_sent=5)
+    assert both.recorder is None
+
+
 def test_a_recorder_notes_spans_and_requests() -> None:
     recorder = Recorder()
     meter = Meter(recorder=recorder)

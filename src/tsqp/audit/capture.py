@@ -13,7 +13,8 @@ from tsqp.audit.recorder import Recorder
 from tsqp.audit.simulate import MaskedRun
 from tsqp.config import EnclaveConfig
 from tsqp.launch import local_worker
-from tsqp.levels import Model, Runnable, open_model, runnable
+from tsqp.levels import Model, open_model, runnable
+from tsqp.loaded import Runnable
 
 DEALERS = 2
 SESSIONS = 4

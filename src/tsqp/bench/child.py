@@ -19,7 +19,8 @@ from tsqp import prefill
 from tsqp.bench import memory
 from tsqp.bench.trace import Recording
 from tsqp.config import EnclaveConfig
-from tsqp.levels import Runnable, open_model, runnable, with_all_logits
+from tsqp.levels import open_model, runnable
+from tsqp.loaded import Runnable, with_all_logits
 from tsqp.meter import Recorder
 
 LEGACY = ("legacy", "legacy-matmul")

@@ -11,12 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from tsqp.bench.child import Ask, Order, Sample
 from tsqp.bench.plans import Plan
@@ -27,6 +29,7 @@ from tsqp.paths import private_socket_directory
 from tsqp.transport import keys
 
 OnStep = Callable[[str, float], None]
+Answer = TypeVar("Answer", bound=Struct)
 
 WARM_UP = 2
 # Each turn begins with one run that is not counted: the caches still hold the variant before.
@@ -40,28 +43,29 @@ def without_waiting() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _WAITING_VARIABLES}
 
 
-class Child:
-    """A running variant, stopped while it is not measured.
+class Process:
+    """A process that answers each line with one; stopped while it has nothing to answer.
 
     Args:
-        plan: which variant.
+        name: of what it measures.
+        module: what it runs, with the order as its argument.
         order: what it loads.
+        environment: it runs in, beside this process's own.
     """
 
-    def __init__(self, plan: Plan, order: Order) -> None:
-        self.plan = plan
-        self.samples: list[Sample] = []
+    def __init__(self, name: str, module: str, order: Struct, environment: Mapping[str, str]) -> None:
+        self._name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tsqp.bench.child", msgspec.json.encode(order).decode()],
+            [sys.executable, "-m", module, msgspec.json.encode(order).decode()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=without_waiting() | plan.environment,
+            env={**without_waiting(), **environment},
         )
         self._paused = False
 
-    def run(self, ask: Ask = _WHOLE) -> Sample:
-        """Let it prefill once.
+    def answer(self, ask: Struct, kind: type[Answer]) -> Answer:
+        """Let it do as asked, once.
 
         Raises:
             InternalError: the process has ended.
@@ -74,14 +78,14 @@ class Child:
             self._process.stdin.write(msgspec.json.encode(ask).decode() + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
-            sample = msgspec.json.decode(line, type=Sample)
+            answer = msgspec.json.decode(line, type=kind)
         except (BrokenPipeError, msgspec.DecodeError) as error:
             raise InternalError(
-                f"variant {self.plan.name} ended with exit code {self._process.wait()}; see above."
+                f"variant {self._name} ended with exit code {self._process.wait()}; see above."
             ) from error
         self._process.send_signal(signal.SIGSTOP)
         self._paused = True
-        return sample
+        return answer
 
     def close(self) -> None:
         """End the process."""
@@ -90,6 +94,32 @@ class Child:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
                 pipe.close()
+
+
+class Child:
+    """A running variant of prefill.
+
+    Args:
+        plan: which variant.
+        order: what it loads.
+    """
+
+    def __init__(self, plan: Plan, order: Order) -> None:
+        self.plan = plan
+        self.samples: list[Sample] = []
+        self._process = Process(plan.name, "tsqp.bench.child", order, plan.environment)
+
+    def run(self, ask: Ask = _WHOLE) -> Sample:
+        """Let it prefill once.
+
+        Raises:
+            InternalError: the process has ended.
+        """
+        return self._process.answer(ask, Sample)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.close()
 
 
 @contextmanager

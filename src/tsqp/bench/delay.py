@@ -18,10 +18,13 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from tsqp.errors import InternalError
 from tsqp.paths import private_socket_directory
 from tsqp.transport.urls import parse
 
-_MAX_DATAGRAM = 1 << 17
+# Longer than those of any request and reply here. Twice as much would be mapped and unmapped for each one.
+_MAX_DATAGRAM = 1 << 16
+_TIMER_SLACK = Path("/proc/self/timerslack_ns")
 _MAX_DESCRIPTORS = 4
 _START_S = 20.0
 _POLL_S = 0.02
@@ -43,7 +46,9 @@ class _Direction:
 
     def take(self) -> bool:
         """Take one datagram that is here, and descriptors that come with it; False where the sender is gone."""
-        data, descriptors, _, _ = socket.recv_fds(self.source, _MAX_DATAGRAM, _MAX_DESCRIPTORS)
+        data, descriptors, flags, _ = socket.recv_fds(self.source, _MAX_DATAGRAM, _MAX_DESCRIPTORS)
+        if flags & socket.MSG_TRUNC:
+            raise InternalError(f"a datagram of more than {_MAX_DATAGRAM} bytes does not pass the delayed link.")
         self._held.append((time.perf_counter() + self._delay_s, data, list(descriptors)))
         return bool(data)
 
@@ -110,4 +115,6 @@ def delayed(worker: str, delay_s: float) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(OSError):
+        _TIMER_SLACK.write_text("1")  # else the system adds up to 0.05 ms to each delay
     relay(sys.argv[1], sys.argv[2], float(sys.argv[3]) / 1e3)

@@ -21,7 +21,8 @@ from tsqp import prefill
 from tsqp.bench.child import Order, Sample, settings, tell
 from tsqp.config import WorkerConfig
 from tsqp.errors import InternalError
-from tsqp.levels import Runnable, open_model, runnable
+from tsqp.levels import open_model, runnable
+from tsqp.loaded import Runnable
 from tsqp.model.architecture import LlamaConfig, linear_groups
 from tsqp.model.llama import Llama
 from tsqp.model.overlap import Pending

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tsqp.reports import Hardware
+from tsqp.measurements import Hardware
 from tsqp.threads import available_cores
 
 

@@ -16,8 +16,8 @@ from tsqp.bench.summary import model_heading, ratio, typical, variant
 from tsqp.bench.trace import Recording
 from tsqp.config import EnclaveConfig
 from tsqp.launch import DEFAULT_SCHEME
+from tsqp.measurements import Floor, LevelsReport, Ratio, Variant
 from tsqp.paths import private_socket_directory
-from tsqp.reports import Floor, LevelsReport, Ratio, Variant
 from tsqp.threads import using_threads
 
 _COPIED_BYTES = 256 << 20

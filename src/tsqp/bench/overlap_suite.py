@@ -15,7 +15,7 @@ from tsqp.bench.prefill_suite import Prepared
 from tsqp.bench.summary import model_heading, ratio, spread, typical
 from tsqp.config import EnclaveConfig
 from tsqp.launch import local_worker
-from tsqp.reports import OverlapPoint, OverlapReport, Ratio
+from tsqp.measurements import OverlapPoint, OverlapReport, Ratio
 
 DELAYS_MS = (0.0, 1.0, 3.0)
 COUNTS = (1, 2, 4, 8)

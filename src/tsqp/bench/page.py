@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from tsqp.audit.page_style import STYLE as BASE_STYLE
+from tsqp.bench import decode_page
+from tsqp.bench.page_parts import ms, section, table
 from tsqp.bench.page_style import SKELETON, STYLE
 from tsqp.bench.svg import Axis, Bar, Line, legend, lines, log_bars, stacked_bars
 from tsqp.bench.transport_suite import SIZES, size_text
 from tsqp.errors import InputError
-from tsqp.reports import (
+from tsqp.measurements import (
     BenchReport,
+    DecodeReport,
     LevelsReport,
     Measurement,
     OverlapPoint,
@@ -55,6 +58,7 @@ def page(report: Measurement) -> str:
         LevelsReport: ("Where each level's time goes", _levels),
         ScalingReport: ("Prefill by size", _scaling),
         OverlapReport: ("What overlap hides of a slow link", _overlap),
+        DecodeReport: ("Generation, one request and many", decode_page.sections),
         TransportReport: ("Round trips by transport", _transport),
     }
     title, sections = kinds[type(report)]
@@ -85,23 +89,6 @@ def _facts(report: Measurement) -> str:
     return f'<div class="card"><dl class="facts">{listed}</dl></div>'
 
 
-def _section(title: str, text: str, *parts: str) -> str:
-    return f'<h2>{escape(title)}</h2><p class="soft">{escape(text)}</p><div class="card">{"".join(parts)}</div>'
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Return a table; all columns but the first ``words`` hold numbers."""
-
-    def cells(kind: str, texts: Sequence[str]) -> str:
-        return "".join(
-            f"<{kind}{' class=n' if place >= words else ''}>{escape(text)}</{kind}>" for place, text in enumerate(texts)
-        )
-
-    head = cells("th", headings)
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _ratios(title: str, text: str, ratios: Sequence[Ratio]) -> str:
     if not ratios:
         return ""
@@ -113,11 +100,7 @@ def _ratios(title: str, text: str, ratios: Sequence[Ratio]) -> str:
     )
     head = "<tr><th>ratio</th><th class=n>value</th><th class=n>limit</th><th></th></tr>"
     whole = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
-    return _section(title, text, whole)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f}"
+    return section(title, text, whole)
 
 
 def _busy(variant: Variant) -> tuple[float, float]:
@@ -128,10 +111,10 @@ def _busy(variant: Variant) -> tuple[float, float]:
 
 def _bar(variant: Variant) -> Bar:
     if not variant.worker_s:
-        return Bar(variant.name, [("not split", variant.median_s * 1e3)], f"{_ms(variant.median_s)} ms")
+        return Bar(variant.name, [("not split", variant.median_s * 1e3)], f"{ms(variant.median_s)} ms")
     worker_s, wire_s = _busy(variant)
     parts = zip(_SIMPLE_PARTS, (variant.enclave_s, worker_s, wire_s), strict=False)
-    return Bar(variant.name, [(name, each * 1e3) for name, each in parts], f"{_ms(variant.median_s)} ms")
+    return Bar(variant.name, [(name, each * 1e3) for name, each in parts], f"{ms(variant.median_s)} ms")
 
 
 def _prefill(report: BenchReport) -> list[str]:
@@ -141,17 +124,17 @@ def _prefill(report: BenchReport) -> list[str]:
     ]
     trips = [Bar(each.name, [("", float(each.round_trips))], str(each.round_trips)) for each in moved]
     return [
-        _section(
+        section(
             f"Prefill of {report.tokens} tokens",
             "Milliseconds. Of the worker's part only what the enclave waited for is shown.",
             stacked_bars([_bar(variant) for variant in report.variants], _SIMPLE_PARTS, "time by part"),
             legend(_SIMPLE_PARTS),
         ),
-        _section(
+        section(
             "Bytes per token", "Kilobytes, both directions.", stacked_bars(kilobytes, ("",), "kilobytes per token")
         ),
-        _section("Round trips", "Of one prefill.", stacked_bars(trips, ("",), "round trips")),
-        _section(
+        section("Round trips", "Of one prefill.", stacked_bars(trips, ("",), "round trips")),
+        section(
             "Every variant",
             "Medians of all runs; parts are those of the run nearest the median.",
             _variants(report.variants),
@@ -163,9 +146,9 @@ def _variants(variants: Sequence[Variant]) -> str:
     rows = [
         [
             variant.name,
-            _ms(variant.median_s),
-            f"{_ms(variant.p10_s)} to {_ms(variant.p90_s)}",
-            *(map(_ms, (variant.enclave_s, variant.waited_s, variant.worker_s)) if variant.worker_s else ("", "", "")),
+            ms(variant.median_s),
+            f"{ms(variant.p10_s)} to {ms(variant.p90_s)}",
+            *(map(ms, (variant.enclave_s, variant.waited_s, variant.worker_s)) if variant.worker_s else ("", "", "")),
             f"{variant.bytes_per_token / 1e3:.0f}" if variant.round_trips else "",
             str(variant.round_trips or ""),
         ]
@@ -188,12 +171,12 @@ def _inner(variant: Variant) -> list[tuple[str, float]]:
 
 def _levels(report: LevelsReport) -> list[str]:
     bars = [
-        Bar(each.name, _inner(each), f"{_ms(each.median_s)} ms", each.floor.overlapped_s * 1e3 if each.floor else None)
+        Bar(each.name, _inner(each), f"{ms(each.median_s)} ms", each.floor.overlapped_s * 1e3 if each.floor else None)
         for each in report.variants
     ]
     floored = [(each, each.floor) for each in report.variants if each.floor]
     rows = [
-        [variant.name, name, _ms(actual_s), _ms(floor_s), f"{actual_s / floor_s:.2f}" if floor_s and actual_s else ""]
+        [variant.name, name, ms(actual_s), ms(floor_s), f"{actual_s / floor_s:.2f}" if floor_s and actual_s else ""]
         for variant, floor in floored
         for name, actual_s, floor_s in (
             ("quantise", variant.quantise_s, floor.quantise_s),
@@ -209,13 +192,13 @@ def _levels(report: LevelsReport) -> list[str]:
         if actual_s or floor_s
     ]
     return [
-        _section(
+        section(
             f"Prefill of {report.tokens} tokens, by part",
             "Milliseconds. The line across a bar is the level's floor with overlap: the largest floor of its parts.",
             stacked_bars(bars, _PARTS, "time by part"),
             legend(_PARTS),
         ),
-        _section(
+        section(
             "Floors",
             "Each part alone, in one process with warm caches, in the same run. The wire's floor is computed from "
             f"{report.copy_bytes_per_s / 1e9:.1f} GB/s of memory copied and {report.round_trip_s * 1e6:.0f} us per "
@@ -249,14 +232,14 @@ def _scaling(report: ScalingReport) -> list[str]:
         ):
             series = _lines(points, size, value)
             key = legend([line.name if line.points else "" for line in series])
-            sections.append(_section(f"{title} over {what}", "", lines(series, x, Axis(title)), key))
+            sections.append(section(f"{title} over {what}", "", lines(series, x, Axis(title)), key))
     rows = [
         [
             point.level,
             str(point.tokens),
             str(point.batch),
-            _ms(point.median_s),
-            f"{_ms(point.p10_s)} to {_ms(point.p90_s)}",
+            ms(point.median_s),
+            f"{ms(point.p10_s)} to {ms(point.p90_s)}",
             f"{point.tokens_per_s:.0f}",
             f"{point.bytes_per_token / 1e3:.0f}" if point.round_trips else "",
             str(point.round_trips or ""),
@@ -266,7 +249,7 @@ def _scaling(report: ScalingReport) -> list[str]:
     ]
     headings = ("level", "tokens", "prompts", "median, ms", "p10 to p90", "tokens/s", "KB per token", "trips", "masks")
     text = f"Masks were ready for {report.mask_pool} tokens; beyond that they were made within the prefill."
-    return [*sections, _section("Every size", text, table(headings, rows))]
+    return [*sections, section("Every size", text, table(headings, rows))]
 
 
 def _tokens(point: ScalingPoint) -> int:
@@ -289,13 +272,13 @@ def _overlap(report: OverlapReport) -> list[str]:
     ]
     x = Axis("micro-batches", log=True, write=lambda value: f"{value:g}", ticks=counts)
     return [
-        _section(
+        section(
             f"Prefill of {report.batch} x {report.tokens} tokens, milliseconds",
             "One micro-batch is serial: the enclave waits for each product. With more, it computes meanwhile.",
             lines(series, x, Axis("milliseconds")),
             legend([line.name for line in series]),
         ),
-        _section(
+        section(
             "Every delay",
             "Hidden: the part of what the delay costs a serial prefill that the micro-batches save.",
             _delays(report.points),
@@ -308,9 +291,9 @@ def _delays(points: Sequence[OverlapPoint]) -> str:
         [
             f"{point.delay_ms:g}",
             str(point.micro_batches),
-            _ms(point.median_s),
-            f"{_ms(point.p10_s)} to {_ms(point.p90_s)}",
-            *map(_ms, (point.enclave_s, point.waited_s, point.worker_s)),
+            ms(point.median_s),
+            f"{ms(point.p10_s)} to {ms(point.p90_s)}",
+            *map(ms, (point.enclave_s, point.waited_s, point.worker_s)),
             "" if point.hidden is None else f"{point.hidden:.0%}",
             f"{point.times_undelayed:.2f}",
         ]
@@ -328,7 +311,7 @@ def _transport(report: TransportReport) -> list[str]:
         ]
         bars = [(name, value, f"{value:,.0f} us") for name, value in measured]
         sections.append(
-            _section(f"{size_text(size)} each way", "Microseconds, logarithmic.", log_bars(bars, size_text(size)))
+            section(f"{size_text(size)} each way", "Microseconds, logarithmic.", log_bars(bars, size_text(size)))
         )
     rows = [
         [
@@ -341,5 +324,5 @@ def _transport(report: TransportReport) -> list[str]:
     headings = ("median, us (p10 to p90)", *map(size_text, SIZES))
     return [
         *sections,
-        _section("Every transport", f"{report.rounds} turns of each, four round trips a turn.", table(headings, rows)),
+        section("Every transport", f"{report.rounds} turns of each, four round trips a turn.", table(headings, rows)),
     ]

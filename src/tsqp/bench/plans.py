@@ -1,4 +1,4 @@
-"""The variants that ``tsqp bench prefill`` and ``tsqp bench levels`` measure."""
+"""The variants that the commands of ``tsqp bench`` measure."""
 
 from __future__ import annotations
 
@@ -142,3 +142,24 @@ LEVEL_PLANS = (
     *map(_floor, ("open", "verified", "masked")),
 )
 SCALING_PLANS = tuple(_BY_NAME[name] for name in ("open", "masked", "local", "monolithic-active"))
+
+
+def _generate(waiting: str, environment: dict[str, str]) -> Plan:
+    return Plan(
+        name=f"transformers-{waiting}",
+        level="monolithic",
+        environment=environment,
+        settings=f"transformers generate, sdpa, KV cache, one batch, OpenMP {waiting}",
+    )
+
+
+# Levels in engines of their own; all prompts of a run are submitted at once.
+DECODE_PLANS = (
+    _generate("active", _ACTIVE),
+    _generate("passive", SHARED_WAITING),
+    _BY_NAME["local"],
+    _BY_NAME["open"],
+    _exact("masked", "masked", "worker over shm, enclave masks, pool full before a run, left alone", masks_ready=True),
+    _exact("masked-sustained", "masked", "as masked, the engine's own pool, filled within the run"),
+    _exact("masked-dealer-sustained", "masked", "as masked-sustained, by one dealer over ipc with CURVE", dealer=True),
+)

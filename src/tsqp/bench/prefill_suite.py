@@ -15,10 +15,10 @@ from tsqp.bench.summary import model_heading, ratio, variant
 from tsqp.bench.trace import Recording
 from tsqp.config import EnclaveConfig
 from tsqp.levels import open_model
+from tsqp.measurements import BenchReport, Ratio, Variant
 from tsqp.model.architecture import LlamaConfig, weight_shapes
 from tsqp.model.locate import locate_packed
 from tsqp.prefill import prompt_ids
-from tsqp.reports import BenchReport, Ratio, Variant
 
 # What the project promises, it promises for this.
 _PROMISED = (128, "float32")

@@ -15,8 +15,8 @@ from tsqp.config import EnclaveConfig
 from tsqp.enclave.mask_pool import largest_pool
 from tsqp.errors import InputError
 from tsqp.levels import open_model
+from tsqp.measurements import Ratio, ScalingPoint, ScalingReport
 from tsqp.model.architecture import linear_groups
-from tsqp.reports import Ratio, ScalingPoint, ScalingReport
 
 LENGTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -11,7 +11,7 @@ from tsqp.bench import hardware
 from tsqp.bench.child import Sample
 from tsqp.bench.children import Child
 from tsqp.config import EnclaveConfig
-from tsqp.reports import Floor, Ratio, Variant
+from tsqp.measurements import Floor, Ratio, Variant
 
 
 def spread(values: Sequence[float], part: float) -> float:

@@ -21,8 +21,8 @@ from tsqp.bench.formats import FORMATS, Echo, Format
 from tsqp.bench.summary import heading, ratio, spread
 from tsqp.errors import InternalError, SetupError, TsqpError
 from tsqp.launch import DEFAULT_SCHEME
+from tsqp.measurements import Ratio, TransportPoint, TransportReport, TransportRow
 from tsqp.paths import private_socket_directory
-from tsqp.reports import Ratio, TransportPoint, TransportReport, TransportRow
 
 # A small message, one layer's input at 128 tokens (3072 floats each), and what is far larger than a cache.
 SIZES = (4096, 128 * 3072 * 4, 8 << 20)

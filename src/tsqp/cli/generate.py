@@ -13,9 +13,9 @@ from rich.markup import escape
 
 from tsqp import config as settings
 from tsqp.cli.reporting import notes, progress, reported
-from tsqp.config import WORKER_LEVELS, EnclaveConfig
+from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig
 from tsqp.engine.api import Event, Failed, Finished, Generation, Sampling, Token
-from tsqp.errors import InputError
+from tsqp.errors import InputError, SetupError
 from tsqp.threads import set_threads, share_cores
 
 if TYPE_CHECKING:
@@ -91,9 +91,20 @@ def _run(
             if enclave.level in WORKER_LEVELS and enclave.worker is None:
                 words = ["--model", str(model.directory), "--dtype", enclave.dtype, "--threads", str(threads)]
                 enclave = replace(enclave, worker=stack.enter_context(local_worker(words)))
-            engine = stack.enter_context(open_engine(model, enclave, on_step=step, on_notice=_notice))
+            engine = stack.enter_context(
+                open_engine(model, enclave, _for_one(model, generation), on_step=step, on_notice=_notice)
+            )
         engine.submit(generation, events.put)
         _print(events)
+
+
+def _for_one(model: Model, generation: Generation) -> EngineConfig:
+    """Return settings of an engine for one request: room for it, as far as the model takes it, and nothing else."""
+    from tsqp.engine.memory import cache_bytes
+
+    tokens = min(len(generation.prompt_ids) + generation.max_tokens, model.architecture.context_length)
+    kv_memory = cache_bytes(model.architecture, tokens)
+    return EngineConfig(kv_memory=kv_memory, max_running=1, step_tokens=128, reuse_prefixes="off")
 
 
 def _prompt_ids(model: Model, prompt: str, *, chat: bool) -> list[int]:
@@ -101,7 +112,10 @@ def _prompt_ids(model: Model, prompt: str, *, chat: bool) -> list[int]:
         raise InputError("this model has no tokenizer.json, so it takes no text prompt.")
     if not chat:
         return model.tokenizer.encode(prompt)
-    from tsqp.serve.chat_template import ChatTemplate
+    try:
+        from tsqp.serve.chat_template import ChatTemplate
+    except ModuleNotFoundError as error:
+        raise SetupError(f"{error.name} is not installed: run 'pip install tsqp[serve]'.") from error
 
     conventions = model.tokenizer.conventions
     if not conventions.chat_template:

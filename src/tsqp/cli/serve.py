@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from tsqp import config as settings
 from tsqp.cli.reporting import notes, pool_rows, progress, reported
-from tsqp.config import WORKER_LEVELS, EnclaveConfig, ServeConfig
+from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig, ServeConfig
 from tsqp.errors import ConfigError, SetupError
 from tsqp.threads import set_threads, share_cores
 
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 DEFAULT_LEVEL = "masked"
 LEVELS = ("masked", "verified", "open", "local")
+_READS = {
+    "open": "level open: the worker reads every prompt.",
+    "verified": "level verified: the worker reads every prompt; its results are checked.",
+}
+_PREFIXES_SHOW = (
+    "prefixes of prompts are reused at masked: where one is found again, the worker gets fewer rows, and so learns "
+    "which prompts begin alike, and for how many tokens."
+)
 
 
 def serve(
@@ -40,13 +48,15 @@ def serve(
         ),
     ] = None,
     worker: Annotated[
-        list[str] | None, typer.Option(help="A worker's address, repeatable.", show_default="starts one of its own")
+        list[str] | None,
+        typer.Option(
+            help="A worker's address, repeatable: one is used, the others when it is lost.",
+            show_default="starts one of its own",
+        ),
     ] = None,
     worker_key: Annotated[
-        str | None,
-        typer.Option(
-            help="The worker's public key, NAME.key or its text: encrypts the link.", show_default="a link in clear"
-        ),
+        list[str] | None,
+        typer.Option(help="Public key of each worker, in order: NAME.key or its text.", show_default="links in clear"),
     ] = None,
     masks: Annotated[
         str | None,
@@ -69,6 +79,21 @@ def serve(
     codes: Annotated[
         str | None,
         typer.Option(help="A packed model to read the codes from.", show_default="streamed from the worker"),
+    ] = None,
+    kv_memory: Annotated[int | None, typer.Option(help="Bytes for keys and values.", show_default="1 GiB")] = None,
+    max_running: Annotated[
+        int | None, typer.Option(help="Requests that are generated together.", show_default="64")
+    ] = None,
+    max_queued: Annotated[int | None, typer.Option(help="Requests that wait for room.", show_default="256")] = None,
+    step_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of prompts and answers that a step computes at most.", show_default="256"),
+    ] = None,
+    reuse_prefixes: Annotated[
+        str | None,
+        typer.Option(
+            help="on or off: find beginnings of prompts again, within one API key.", show_default="off at masked"
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="float32")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
@@ -102,8 +127,6 @@ def serve(
             {
                 "model": model,
                 "level": level,
-                "worker": _only_worker(worker),
-                "worker_key": worker_key,
                 "masks": masks,
                 "dealers": tuple(dealer) if dealer else None,
                 "dealer_keys": tuple(dealer_key) if dealer_key else None,
@@ -115,6 +138,15 @@ def serve(
             },
             defaults={"level": DEFAULT_LEVEL},
         )
+        engine = {
+            "workers": tuple(worker) if worker else None,
+            "worker_keys": tuple(worker_key) if worker_key else None,
+            "kv_memory": kv_memory,
+            "max_running": max_running,
+            "max_queued": max_queued,
+            "step_tokens": step_tokens,
+            "reuse_prefixes": reuse_prefixes,
+        }
         flags = {
             "host": host,
             "port": port,
@@ -124,7 +156,7 @@ def serve(
             "tls_key": tls_key,
             "padding": padding,
         }
-        _run(enclave, settings.load(ServeConfig, flags))
+        _run(enclave, settings.load(EngineConfig, engine), settings.load(ServeConfig, flags))
 
 
 def _make_key(file: str | None, name: str) -> None:
@@ -136,13 +168,7 @@ def _make_key(file: str | None, name: str) -> None:
     notes.print(escape(f"this is the only time the key is shown; {file} holds its hash."))
 
 
-def _only_worker(workers: list[str] | None) -> str | None:
-    if workers and len(workers) > 1:
-        raise ConfigError("several workers are not supported yet: give --worker once.")
-    return workers[0] if workers else None
-
-
-def _run(enclave: EnclaveConfig, served: ServeConfig) -> None:
+def _run(enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig) -> None:
     """Refuse what is unsafe, take the address, then load the model and answer until stopped."""
     if enclave.level not in LEVELS:
         raise ConfigError(f"tsqp serve has no level {enclave.level}: choose one of {', '.join(LEVELS)}.")
@@ -156,16 +182,33 @@ def _run(enclave: EnclaveConfig, served: ServeConfig) -> None:
 
     forbid_core_dumps()
     check_exposure(served, _notice)
-    if enclave.level == "open":
-        notes.print("level open: the worker reads every prompt.")
+    _check_peers(enclave, engine)
     with bind(served) as listening, ExitStack() as stack:
-        engine, model = _loaded(enclave, served, stack)
-        _answer(engine, model, served, listening)
+        running, model = _loaded(enclave, engine, served, stack)
+        _answer(running, model, served, listening)
 
 
-def _loaded(enclave: EnclaveConfig, served: ServeConfig, stack: ExitStack) -> tuple[Engine, ServedModel]:
+def _check_peers(enclave: EnclaveConfig, engine: EngineConfig) -> None:
+    """Refuse workers and dealers that cannot work, and say what the worker and the network can read."""
+    from tsqp.engine.workers import one_each
+    from tsqp.transport.urls import parse
+
+    each = one_each(enclave, engine)
+    if enclave.level in _READS:
+        _notice(_READS[enclave.level])
+        for config in each:
+            if config.worker and not config.worker_key and not parse(config.worker).stays_on_this_machine:
+                _notice(f"{config.worker} is not on this machine: activations travel to it unencrypted.")
+    if enclave.level == "masked" and engine.reuse_prefixes == "on":
+        _notice(_PREFIXES_SHOW)
+
+
+def _loaded(
+    enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig, stack: ExitStack
+) -> tuple[Engine, ServedModel]:
     """Open the model, start a worker where none is given, and the engine; the stack ends them in reverse."""
     from tsqp.engine.loop import open_engine
+    from tsqp.engine.memory import memory
     from tsqp.launch import local_worker
     from tsqp.levels import open_model
     from tsqp.model.locate import model_name
@@ -176,13 +219,14 @@ def _loaded(enclave: EnclaveConfig, served: ServeConfig, stack: ExitStack) -> tu
         model = open_model(enclave.model, enclave.level, step)
         name = served.served_model or model_name(enclave.model)
         offered = served_model.served(model.tokenizer, model.architecture.vocab_size, name, enclave.level)
-        if enclave.level in WORKER_LEVELS and enclave.worker is None:
+        _notice(f"memory: {memory(model.architecture, enclave, engine)}.")
+        if enclave.level in WORKER_LEVELS and not engine.workers and enclave.worker is None:
             step("starting a worker", 0.0)
             words = ["--model", str(model.directory), "--dtype", enclave.dtype, "--threads", str(threads)]
             enclave = replace(enclave, worker=stack.enter_context(local_worker(words)))
             step("starting a worker", 1.0)
-        engine: Engine = stack.enter_context(open_engine(model, enclave, on_step=step, on_notice=_notice))
-    return engine, offered
+        running: Engine = stack.enter_context(open_engine(model, enclave, engine, on_step=step, on_notice=_notice))
+    return running, offered
 
 
 def _answer(engine: Engine, model: ServedModel, served: ServeConfig, listening: socket.socket) -> None:
@@ -196,4 +240,4 @@ def _answer(engine: Engine, model: ServedModel, served: ServeConfig, listening: 
 
 
 def _notice(sentence: str) -> None:
-    notes.print(escape(sentence))
+    notes.print(escape(sentence), soft_wrap=True)

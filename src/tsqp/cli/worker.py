@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ from rich.markup import escape
 
 from tsqp import config as settings
 from tsqp.cli.reporting import notes, print_json, progress, reported
+from tsqp.launch import ending_with_parent
 from tsqp.threads import share_cores
 from tsqp.wire.messages import PROTOCOL_VERSION
 
@@ -74,8 +76,8 @@ def serve(flags: Mapping[str, object], *, as_json: bool, exit_with_parent: bool)
         from tsqp.reports import WorkerReady
         from tsqp.worker.startup import Progress, open_worker
 
-        with progress() as step:
-            hangup_fd = sys.stdin.fileno() if exit_with_parent else None
+        hangup_fd = sys.stdin.fileno() if exit_with_parent else None
+        with progress() as step, ending_with_parent(hangup_fd) if hangup_fd is not None else nullcontext():
             running = open_worker(config, Progress(lambda text: notes.print(escape(text)), step), hangup_fd)
         ready = WorkerReady(
             model=running.model,

@@ -32,22 +32,23 @@ _TOKENS_PER_HEAD_ROW = 16
 HEAD = "head"
 
 
-def pool_rows(groups: Sequence[LinearGroup], rows: int) -> dict[str, int]:
-    """Return how many rows of each group a pool for ``rows`` tokens holds. The head sees one token per prompt."""
-    return {group.name: -(-rows // _TOKENS_PER_HEAD_ROW) if group.name == HEAD else rows for group in groups}
+def pool_rows(groups: Sequence[LinearGroup], rows: int, head_rows: int | None = None) -> dict[str, int]:
+    """Return how many rows of each group a pool for ``rows`` tokens holds; of the head by default one per prompt."""
+    of_head = -(-rows // _TOKENS_PER_HEAD_ROW) if head_rows is None else head_rows
+    return {group.name: of_head if group.name == HEAD else rows for group in groups}
 
 
-def pool_bytes(groups: Sequence[LinearGroup], rows: int) -> int:
+def pool_bytes(groups: Sequence[LinearGroup], rows: int, head_rows: int | None = None) -> int:
     """Return how much memory the products of a pool for ``rows`` tokens take, in bytes."""
-    held = pool_rows(groups, rows)
+    held = pool_rows(groups, rows, head_rows)
     return sum(held[group.name] * group.rows * _WORD_BYTES for group in groups)
 
 
-def peak_bytes(groups: Sequence[LinearGroup], rows: int) -> int:
+def peak_bytes(groups: Sequence[LinearGroup], rows: int, head_rows: int | None = None) -> int:
     """Return what a pool may take while it is used: of each group, half a block that is partly used stays in memory."""
-    held = pool_rows(groups, rows)
+    held = pool_rows(groups, rows, head_rows)
     halves = sum(min(_step_rows(group), held[group.name]) // 2 * group.rows * _WORD_BYTES for group in groups)
-    return pool_bytes(groups, rows) + halves
+    return pool_bytes(groups, rows, head_rows) + halves
 
 
 def _step_rows(group: LinearGroup) -> int:
@@ -109,6 +110,7 @@ class MaskPool:
         meter: Meter,
     ) -> None:
         check_pool_fits(groups, rows, limit_bytes)
+        self._groups, self._rows, self._limit_bytes = groups, rows, limit_bytes
         self._order = [group.name for group in groups]
         self._numbers = {name: number for number, name in enumerate(self._order)}
         self._step = {group.name: _step_rows(group) for group in groups}
@@ -126,6 +128,20 @@ class MaskPool:
 
     def __reduce__(self) -> tuple[object, ...]:
         raise MaskReuseError("a pool of masks is key material: it lives in memory only and cannot be stored.")
+
+    def keep_head(self, rows: int) -> None:
+        """Keep so many rows of the head ready from now on: generation takes one for each token, not for each prompt.
+
+        Raises:
+            ConfigError: the pool would take more than it may.
+        """
+        needed = peak_bytes(self._groups, self._rows, rows)
+        if needed > self._limit_bytes:
+            raise ConfigError(
+                f"a mask pool of {self._rows} rows with {rows} of the head takes {needed / 1e6:.1f} MB; it may take "
+                f"{self._limit_bytes / 1e6:.1f} MB."
+            )
+        self._targets = pool_rows(self._groups, self._rows, rows)
 
     @property
     def peers(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from tsqp.enclave.mask_pool import MaskPool
-from tsqp.errors import InternalError, TransportError, TsqpError
+from tsqp.errors import HostileError, InternalError, TransportError, TsqpError
 from tsqp.meter import Meter
 
 _POLL_S = 0.2
@@ -37,8 +37,18 @@ class IdleRefill:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not fill during a ``with`` block: a request needs the cores. Blocks may overlap."""
+        """Do not fill during a ``with`` block: a request needs the cores. Blocks may overlap.
+
+        After a failed link filling is tried again once the block is over.
+
+        Raises:
+            HostileError: a dealer sent what it must not while the pool was filled.
+        """
         with self._changed:
+            if isinstance(self._failure, HostileError):
+                raise self._failure
+            if isinstance(self._failure, TransportError):
+                self._failure = None
             self._running += 1
         try:
             yield

@@ -153,14 +153,16 @@ class ExactWorker:
             self._lose()
             raise
 
-    def open_again(self) -> None:
-        """Open the link if it was lost; the next product would.
+    def open_again(self) -> bool:
+        """Open the link if it was lost, and tell whether it was; the next product would.
 
         Raises:
             TransportError, HostileError, ModelMismatchError: as ``open_session``.
         """
-        if self._lost:
-            self.session, self._lost = self._open_session(), False
+        if not self._lost:
+            return False
+        self.session, self._lost = self._open_session(), False
+        return True
 
     def _lose(self) -> None:
         if not self._lost:

@@ -25,6 +25,14 @@ class QueueFullError(TsqpError):
     """Too many requests wait; try again later."""
 
 
+class ClosingError(TsqpError):
+    """The engine is being closed and takes no more requests."""
+
+
+class LogitsError(TsqpError):
+    """No token can be chosen: the model gave logits that are not numbers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the next token is chosen from logits.
@@ -178,9 +186,10 @@ class EngineStats:
         batch_rows: rows of the last step.
         pool_held, pool_wanted: rows of mask products, over all linears; 0 where nothing is masked.
         bytes_sent, bytes_received: over the link to the worker.
-        integrity_failures: products that were found wrong.
-        seconds: by part: worker, wire, enclave, attention, sampling, quantise, mask, check, ahead, mask_wait,
-            mask_fill.
+        integrity_failures: how often a worker or dealer gave a wrong product or sent what it must not.
+        seconds: by part. worker, wire: that the enclave waited for them; enclave: the rest of the steps, of which
+            attention, quantise, mask, check, ahead and mask_wait are parts; sampling: between steps; mask_fill: in
+            idle time.
         ready: whether requests can be served.
         reason: why not.
     """
@@ -225,7 +234,8 @@ class Engine(Protocol):
         Raises:
             InputError: the prompt and ``max_tokens`` are longer than the model's context, or than the cache.
             QueueFullError: too many requests wait.
-            TsqpError: the engine is not ready, or is closing.
+            ClosingError: the engine is closing.
+            TsqpError: it is not ready: what made it so.
         """
 
     def cancel(self, number: int) -> None:

@@ -6,14 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from tsqp.config import EnclaveConfig
-from tsqp.enclave.mask_pool import largest_pool
+from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import (
+    ClosingError,
     EngineStats,
     Event,
     Failed,
@@ -26,31 +26,29 @@ from tsqp.engine.api import (
     TokenLogprobs,
 )
 from tsqp.engine.blocks import BlockPool, PrefixCache
+from tsqp.engine.memory import cache_blocks, chunk_tokens, memory
 from tsqp.engine.sampling import Sampler, prompt_logprobs
 from tsqp.engine.scheduler import Scheduler, Segment, split
 from tsqp.engine.text import TextStream
+from tsqp.engine.workers import Workers, one_each
 from tsqp.errors import (
-    ConfigError,
-    HostileError,
     InputError,
     InternalError,
-    TransportClosedError,
-    TransportError,
     TsqpError,
     WeightsError,
+    bare,
 )
-from tsqp.levels import Model, OnStep, Runnable, Stepper, runnable
+from tsqp.levels import Model
+from tsqp.loaded import OnStep, Stepper
 from tsqp.meter import Meter
-from tsqp.model.architecture import LlamaConfig, linear_groups
+from tsqp.model.architecture import LlamaConfig
 from tsqp.model.attention import BLOCK_TOKENS
-from tsqp.model.paged_cache import PagedCache, SequencePart, block_bytes
+from tsqp.model.paged_cache import PagedCache, SequencePart
 from tsqp.model.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-CACHE_BYTES = 1 << 30
 _RETRY_S = 1.0
-_POOL_ROWS = 256
 
 
 @dataclass(slots=True, repr=False)
@@ -70,11 +68,10 @@ class GenerationEngine:
     """Continues prompts of many requests together. See ``api.Engine``.
 
     Args:
-        stepper: computes steps.
-        meter: of its costs.
+        workers: compute steps; one is in use.
         architecture: the model's.
         tokenizer: the model's.
-        cache_bytes: memory for keys and values.
+        settings: of memory and numbers of requests.
         reuse_prefixes: whether beginnings of prompts are found again, within one owner.
 
     Raises:
@@ -83,31 +80,36 @@ class GenerationEngine:
 
     def __init__(
         self,
-        stepper: Stepper,
-        meter: Meter,
+        workers: Workers,
         architecture: LlamaConfig,
         tokenizer: Tokenizer,
+        settings: EngineConfig,
         *,
-        cache_bytes: int = CACHE_BYTES,
         reuse_prefixes: bool,
     ) -> None:
-        count = cache_bytes // block_bytes(architecture)
-        if not count:
-            raise ConfigError(
-                f"a cache of {cache_bytes / 1e6:.1f} MB holds no block of {block_bytes(architecture) / 1e6:.1f} MB."
-            )
-        self._stepper, self._meter, self._architecture, self._tokenizer = stepper, meter, architecture, tokenizer
+        count = cache_blocks(architecture, settings)
+        self._workers, self._architecture, self._tokenizer = workers, architecture, tokenizer
         self._cache = PagedCache(architecture, count)
         self._blocks = BlockPool(count, BLOCK_TOKENS)
-        self._scheduler = Scheduler(blocks=self._blocks, prefixes=PrefixCache(self._blocks) if reuse_prefixes else None)
+        self._prefixes = PrefixCache(self._blocks) if reuse_prefixes else None
+        self._scheduler = Scheduler(
+            blocks=self._blocks,
+            prefixes=self._prefixes,
+            chunk_tokens=chunk_tokens(settings),
+            step_rows=settings.step_tokens,
+            max_running=settings.max_running,
+            max_queued=settings.max_queued,
+        )
         self._active: dict[int, _Active] = {}
         self._cancelled: set[int] = set()
         self._next = 1
         self._closing = False
         self._broken: TsqpError | None = None
-        self._counts = dict.fromkeys(("steps", "prompt", "completion", "reused", "rows", "integrity"), 0)
+        self._counts = dict.fromkeys(("steps", "prompt", "completion", "reused", "rows"), 0)
         self._step_s = self._sampling_s = 0.0
-        # Guards all above, but for the cache and the stepper, which only the thread uses.
+        # What steps cost, as of the last one's end: in the middle of one, its waiting is metered and its time is not.
+        self._before, self._settled = workers.meter(), Meter()
+        # Guards all above, but for the cache and the workers, which only the thread uses.
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="tsqp-engine", daemon=True)
         self._thread.start()
@@ -116,6 +118,11 @@ class GenerationEngine:
     def context_length(self) -> int:
         """See ``api.Engine``."""
         return self._architecture.context_length
+
+    @property
+    def stepper(self) -> Stepper:
+        """What computes its steps; for measurements."""
+        return self._workers.stepper
 
     def submit(self, generation: Generation, on_event: OnEvent) -> int:
         """See ``api.Engine``."""
@@ -127,13 +134,13 @@ class GenerationEngine:
             )
         if not 0 <= min(generation.prompt_ids) <= max(generation.prompt_ids) < self._architecture.vocab_size:
             raise InputError(f"a token id lies outside the vocabulary of {self._architecture.vocab_size}.")
-        text = TextStream(self._tokenizer, generation.stop)
+        text = TextStream(self._tokenizer, generation.stop, generation.prompt_ids)
         sampler = Sampler(generation.sampling, generation.prompt_ids, self._architecture.vocab_size)
         with self._changed:
             if self._closing:
-                raise TransportClosedError("the engine is closing and takes no more requests.")
+                raise ClosingError("the engine is closing and takes no more requests.")
             if self._broken is not None:
-                raise self._broken
+                raise bare(self._broken)
             number = self._next
             self._next += 1
             self._scheduler.add(number, generation)
@@ -150,7 +157,8 @@ class GenerationEngine:
 
     def stats(self) -> EngineStats:
         """See ``api.Engine``."""
-        meter, pool, counts = replace(self._meter), self._stepper.pool, self._counts
+        meter, counts = self._workers.meter(), self._counts
+        held, wanted = self._workers.pool()
         with self._changed:
             return EngineStats(
                 running=self._scheduler.running,
@@ -163,26 +171,27 @@ class GenerationEngine:
                 completion_tokens=counts["completion"],
                 reused_tokens=counts["reused"],
                 batch_rows=counts["rows"],
-                pool_held=pool.held if pool else 0,
-                pool_wanted=pool.wanted if pool else 0,
+                pool_held=held,
+                pool_wanted=wanted,
                 bytes_sent=meter.bytes_sent,
                 bytes_received=meter.bytes_received,
-                integrity_failures=counts["integrity"],
-                seconds=self._seconds(meter),
+                integrity_failures=self._workers.lies,
+                seconds=self._seconds(meter.mask_fill_ns / 1e9),
                 ready=self._broken is None and not self._closing,
                 reason=str(self._broken or ("closing" if self._closing else "")),
             )
 
-    def _seconds(self, meter: Meter) -> dict[str, float]:
-        names = ("quantise", "mask", "check", "ahead", "mask_wait", "mask_fill")
+    def _seconds(self, filling_s: float) -> dict[str, float]:
+        meter, names = self._settled, ("quantise", "mask", "check", "ahead", "mask_wait")
         waited, worker = meter.waited_ns / 1e9, meter.compute_ns / 1e9
         return {
-            "worker": worker,
+            "worker": min(worker, waited),
             "wire": max(0.0, waited - worker),
             "enclave": max(0.0, self._step_s - waited),
             "attention": self._cache.attention_ns / 1e9,
             "sampling": self._sampling_s,
             **{name: getattr(meter, f"{name}_ns") / 1e9 for name in names},
+            "mask_fill": filling_s,
         }
 
     def close(self, *, drain_s: float = 0.0) -> None:
@@ -204,14 +213,15 @@ class GenerationEngine:
                 self._end_cancelled()
                 if self._closing and not self._active:
                     return
-                segments = self._scheduler.plan()
             try:
+                with self._changed:
+                    segments = self._scheduler.plan()
                 if self._broken is not None:
                     self._recover()
                 elif segments:
                     self._step(segments)
             except TsqpError as error:
-                self._fail_all(error)
+                self._fail_all(bare(error))
             except Exception as error:  # noqa: BLE001  whoever waits must hear of a bug in this thread
                 # Only its type: a message may quote what was computed.
                 _log.error("a step failed (%s)", type(error).__name__)
@@ -222,15 +232,17 @@ class GenerationEngine:
             self._scheduler.cancel(number)
             self._end(self._active[number], "cancelled", "")
         self._cancelled.clear()
+        self._changed.notify_all()  # whoever waits for the last one to end
 
     def _step(self, segments: Sequence[Segment]) -> None:
-        groups = split(segments, self._stepper.groups)
+        stepper = self._workers.stepper
+        groups = split(segments, stepper.groups)
         parts = [
             self._cache.rows([SequencePart(each.ids, each.first, each.blocks, each.wants) for each in group])
             for group in groups
         ]
         started = time.perf_counter()
-        logits = self._stepper.run(parts)
+        logits = stepper.run(parts)
         computed = time.perf_counter()
         with self._changed:
             for group, logits_RV in zip(groups, logits, strict=True):
@@ -240,6 +252,7 @@ class GenerationEngine:
                     self._advance(segment, logits_RV[done : done + rows])
                     done += rows
             self._step_s += computed - started
+            self._settled = self._workers.meter().since(self._before)
             self._sampling_s += time.perf_counter() - computed
             self._counts["steps"] += 1
             self._counts["rows"] = sum(segment.count for segment in segments)
@@ -251,7 +264,7 @@ class GenerationEngine:
             self._use(request, segment, logits_RV)
         except TsqpError as error:
             self._scheduler.cancel(request.number)
-            self._tell(request, Failed(error))
+            self._tell(request, Failed(bare(error)))
             del self._active[request.number]
 
     def _use(self, request: _Active, segment: Segment, logits_RV: Tensor) -> None:
@@ -310,76 +323,67 @@ class GenerationEngine:
 
     def _fail_all(self, error: TsqpError) -> None:
         """End every request with an error: products that were computed together failed together."""
+        broken = self._workers.blame(error)
         with self._changed:
-            self._broken = error
-            self._counts["integrity"] += isinstance(error, HostileError)
+            self._broken = broken
             for number, request in list(self._active.items()):
                 self._scheduler.cancel(number)
                 del self._active[number]
                 self._tell(request, Failed(error))
-            if not isinstance(error, (TransportError, HostileError)):
-                self._broken = None  # of one step, not of the peers
             self._changed.notify_all()
 
     def _recover(self) -> None:
-        """Open a lost link again, sooner or later. After a lie the peers stay out of use."""
-        if isinstance(self._broken, TransportError):
-            with suppress(TsqpError):
-                self._stepper.reopen()
-                with self._changed:
-                    self._broken = None
-                return
+        """Go on with a worker that can be used, sooner or later; until then, say why there is none."""
+        try:
+            opened_anew = self._workers.recover(lambda: self._closing)
+        except TsqpError as error:
+            with self._changed:
+                self._broken = bare(error)
+                if not self._closing:
+                    self._changed.wait(_RETRY_S)
+            return
         with self._changed:
-            if not self._closing:
-                self._changed.wait(_RETRY_S)
+            if opened_anew and self._prefixes is not None:
+                self._prefixes.clear()  # computed with another worker, perhaps one that lied
+            self._before = self._workers.meter().since(self._settled)  # what failed and what opening cost is no step's
+            self._broken = None
 
 
 @contextmanager
 def open_engine(
     model: Model,
     config: EnclaveConfig,
+    settings: EngineConfig | None = None,
     *,
-    cache_bytes: int = CACHE_BYTES,
     on_step: OnStep = lambda _name, _done: None,
     on_notice: Callable[[str], None] = lambda _sentence: None,
 ) -> Iterator[GenerationEngine]:
     """Load a model at its level and run an engine for the time of a ``with`` block.
 
-    Prefixes are not reused at `masked`: a hit would show as fewer rows.
-
     Args:
         model: from ``levels.open_model``.
         config: level, worker, masks.
-        cache_bytes: memory for keys and values.
+        settings: workers, memory, numbers of requests; by default one worker, that of ``config``.
         on_step: told the fraction done of a named step.
-        on_notice: told in a sentence what the user should know.
+        on_notice: told in a sentence what the user should know, also later, when another worker is used.
 
     Raises:
-        TsqpError: as loading or connecting does.
+        TsqpError: as loading or connecting does, where no worker can be used.
         WeightsError: the model has no tokenizer.
-        ConfigError: the level cannot generate.
+        ConfigError: the level cannot generate, or the settings do not fit together.
     """
     if model.tokenizer is None:
         raise WeightsError("a model without tokenizer.json cannot generate text.")
-    if config.level == "masked" and config.mask_pool is None:
-        rows = min(_POOL_ROWS, largest_pool(linear_groups(model.architecture), config.mask_memory))
-        config = replace(config, mask_pool=rows)
-    with runnable(config.level, model, config, on_step=on_step, on_notice=on_notice) as loaded:
-        engine = GenerationEngine(
-            _stepper(loaded, config.level),
-            loaded.meter,
-            model.architecture,
-            model.tokenizer,
-            cache_bytes=cache_bytes,
-            reuse_prefixes=config.level != "masked",
+    settings = settings or EngineConfig()
+    sizes = memory(model.architecture, config, settings)
+    if config.level == "masked":
+        config = replace(config, mask_pool=sizes.mask_rows)
+    reuse = settings.reuse_prefixes or ("off" if config.level == "masked" else "on")
+    with ExitStack() as stack:
+        workers = stack.enter_context(closing(Workers(model, one_each(config, settings), sizes.head_rows, on_notice)))
+        workers.open(on_step)
+        yield stack.enter_context(
+            closing(
+                GenerationEngine(workers, model.architecture, model.tokenizer, settings, reuse_prefixes=reuse == "on")
+            )
         )
-        try:
-            yield engine
-        finally:
-            engine.close()
-
-
-def _stepper(loaded: Runnable, level: str) -> Stepper:
-    if loaded.stepper is None:
-        raise ConfigError(f"the level {level} cannot generate: choose open, verified, masked or local.")
-    return loaded.stepper

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -46,11 +46,17 @@ def create_app(
         SetupError: the file of API keys cannot be used.
     """
     metrics = Metrics(engine)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        # It would tell paths, and exceptions with their texts, to a collector that the environment may name.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
     app.state.stopping = asyncio.Event()
     _add_health(app, engine)
     _add_api(app, Service(engine, served_model, settings, metrics), served_model)
-    _add_own(app, engine, served_model, metrics)
+    _add_own(app, engine, served_model, metrics, offers_view=view is not None)
     if view is not None:
         _add_view(app, view)
     app.add_exception_handler(ApiError, _on_api_error)
@@ -102,14 +108,15 @@ def _add_api(app: FastAPI, service: Service, model: ServedModel) -> None:
         raise HTTPException(404, f"this server has no /v1/{rest[:100]} of that method")
 
 
-def _add_own(app: FastAPI, engine: Engine, model: ServedModel, metrics: Metrics) -> None:
+def _add_own(app: FastAPI, engine: Engine, model: ServedModel, metrics: Metrics, *, offers_view: bool) -> None:
     @app.get("/metrics")
     async def read_metrics() -> Response:
         return Response(metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     @app.get("/status")
     async def status() -> Response:
-        return json_response({"model": model.name, "level": model.level, **dataclasses.asdict(engine.stats())})
+        own = {"model": model.name, "level": model.level, "view": offers_view}
+        return json_response({**own, **dataclasses.asdict(engine.stats())})
 
 
 def _add_view(app: FastAPI, view: View) -> None:
@@ -119,28 +126,24 @@ def _add_view(app: FastAPI, view: View) -> None:
 
 
 async def _view_events(view: View, stopping: asyncio.Event) -> AsyncIterator[bytes]:
-    """Yield what a view tells until it ends or the server stops."""
+    """Yield what a view tells until it ends, the server stops or the client goes; then the view's reader has ended."""
     stop = asyncio.ensure_future(stopping.wait())
-    events = aiter_of(view)
+    events = view.__aiter__()
+    following = asyncio.ensure_future(_next(events))
     try:
         while True:
-            following = asyncio.ensure_future(_next(events))
             await asyncio.wait({stop, following}, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
-                return
-            found = following.result()
+            found = None if stop.done() else following.result()
             if found is None:
                 return
             yield padding.event(msgspec.json.encode(found), padded=False)
+            following = asyncio.ensure_future(_next(events))
     finally:
-        stop.cancel()
-
-
-def aiter_of(view: View) -> AsyncIterator[Mapping[str, object]]:
-    """Return a new reader of a view."""
-    return view.__aiter__()
+        for task in (stop, following):
+            task.cancel()
+        await asyncio.gather(stop, following, return_exceptions=True)
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()
 
 
 async def _next(events: AsyncIterator[Mapping[str, object]]) -> Mapping[str, object] | None:

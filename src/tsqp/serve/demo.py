@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tsqp.launch import DEFAULT_SCHEME, _await_ready, _stop
+from tsqp.launch import DEFAULT_SCHEME, worker_process
 from tsqp.paths import private_socket_directory
 
 
@@ -32,20 +30,8 @@ def demo_worker(arguments: Sequence[str], scheme: str = DEFAULT_SCHEME) -> Itera
     Raises:
         TsqpError: the worker's own, if it does not come up.
     """
-    with private_socket_directory() as directory, tempfile.TemporaryFile("w+") as log:
+    with private_socket_directory() as directory:
         found = DemoWorker(url=f"{scheme}://{directory}/worker", view=f"ipc://{directory}/view")
         words = [sys.executable, "-m", "tsqp.serve.demo_worker", "--listen", found.url, "--view", found.view]
-        # A group of its own: Ctrl-C is for the server, which finishes its answers before the worker may go.
-        process = subprocess.Popen(
-            [*words, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            _await_ready(process, log)
+        with worker_process([*words, *arguments]):
             yield found
-        finally:
-            _stop(process)

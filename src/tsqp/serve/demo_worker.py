@@ -20,6 +20,7 @@ from tsqp import config as settings
 from tsqp.cli.reporting import notes, print_json, progress, reported
 from tsqp.config import WorkerConfig
 from tsqp.errors import SetupError
+from tsqp.launch import ending_with_parent
 from tsqp.serve.view import encode
 from tsqp.threads import set_threads, share_cores
 
@@ -62,14 +63,14 @@ def main(
         share_cores()
         from tsqp.worker.startup import Progress, open_worker  # noqa: PLC0415  torch loads after share_cores()
 
-        with progress() as step:
+        with progress() as step, ending_with_parent(sys.stdin.fileno()):
             report = Progress(lambda text: notes.print(text, markup=False), step)
             running = open_worker(config, report, sys.stdin.fileno())
-        try:
-            watching = published(observe(running, config), view)
-        except BaseException:
-            running.transport.close()
-            raise
+            try:
+                watching = published(observe(running, config), view)
+            except BaseException:
+                running.transport.close()
+                raise
         with watching:
             print_json(DemoWorkerReady([endpoint.url for endpoint in running.endpoints]))
             running.serve()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from tsqp.engine.api import QueueFullError
+from tsqp.engine.api import ClosingError, LogitsError, QueueFullError
 from tsqp.errors import (
     AbsentPeerError,
     DeviceMemoryError,
@@ -77,6 +77,14 @@ def unexpected() -> ApiError:
     return ApiError(500, "an unexpected error; please report it.", kind=SERVER, code="internal_error")
 
 
+def at_submission(error: TsqpError) -> ApiError:
+    """Return what a client is told whose request the engine did not take: no part of it has been computed."""
+    answer = from_engine(error)
+    if isinstance(error, (HostileError, TransportError, AbsentPeerError)):
+        answer.status, answer.code = 503, "not_ready"
+    return answer
+
+
 def from_engine(error: TsqpError) -> ApiError:
     """Return what a client is told about an error of the engine or of its link to the worker."""
     text = str(error)
@@ -90,7 +98,14 @@ def from_engine(error: TsqpError) -> ApiError:
         return ApiError(500, text, kind=kind, code=kind, headers=_NO_RETRY)
     if isinstance(error, (TransportError, AbsentPeerError)):
         return ApiError(502, text, kind="worker_error", code="worker_unavailable", headers=_LATER)
-    if isinstance(error, InternalError):
-        return ApiError(500, text, kind=SERVER, code="internal_error", headers=_NO_RETRY)
+    if isinstance(error, ClosingError):
+        return stopping()
+    return _of_this_server(error, text)
+
+
+def _of_this_server(error: TsqpError, text: str) -> ApiError:
+    if isinstance(error, (InternalError, LogitsError)):
+        code = "invalid_logits" if isinstance(error, LogitsError) else "internal_error"
+        return ApiError(500, text, kind=SERVER, code=code, headers=_NO_RETRY)
     code = "out_of_memory" if isinstance(error, DeviceMemoryError) else "not_ready"
     return ApiError(503, text, kind=SERVER, code=code, headers=_LATER)

@@ -30,7 +30,7 @@ _COUNTERS = {
     "reused_tokens": "Tokens of prompts that were found in the prefix cache.",
     "bytes_sent": "Bytes to the worker.",
     "bytes_received": "Bytes from the worker.",
-    "integrity_failures": "Products of the worker that were wrong.",
+    "integrity_failures": "How often a worker or dealer gave a wrong product or sent what it must not.",
 }
 
 

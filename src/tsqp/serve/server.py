@@ -11,6 +11,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +24,8 @@ from tsqp.tee import tee_name
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # For answers to be written after the engine has ended them.
 _LAST_WORDS_S = 5.0
+_LAST_WORDS_IN_A_HURRY_S = 0.5
+_TICK_S = 0.1
 _BACKLOG = 1024
 
 
@@ -116,6 +119,7 @@ class Server(uvicorn.Server):
             )
         )
         self._app, self._engine, self._drain_s, self._on_ready = app, engine, settings.drain_s, on_ready
+        self._hurries = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say so."""
@@ -126,8 +130,27 @@ class Server(uvicorn.Server):
         """Close the engine, which ends every answer, while connections are still served."""
         self._app.state.stopping.set()
         closing = asyncio.ensure_future(asyncio.to_thread(self._engine.close, drain_s=self._drain_s))
-        await super().shutdown(sockets)
-        await closing
+        hurrying = asyncio.ensure_future(self._hurry())
+        try:
+            await super().shutdown(sockets)
+            await closing
+        finally:
+            hurrying.cancel()
+
+    async def _hurry(self) -> None:
+        """Once told to, end every answer now, and soon after it the connections whose clients do not read that."""
+        while not self._hurries:  # noqa: ASYNC110  a signal handler sets it, outside of the loop
+            await asyncio.sleep(_TICK_S)
+        await asyncio.to_thread(self._engine.close)
+        await asyncio.sleep(_LAST_WORDS_IN_A_HURRY_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; at a second Ctrl-C without waiting for answers, which uvicorn's own way would end in tracebacks."""
+        del frame
+        self._hurries |= self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from tsqp.serve import padding
 from tsqp.serve.answers import ChatForm, CompletionForm, Form, Outcome
 from tsqp.serve.bodies import json_response, read_body
 from tsqp.serve.choices import Choice, Piece, Prompt
-from tsqp.serve.errors import ApiError, from_engine, refused, stopping
+from tsqp.serve.errors import ApiError, at_submission, from_engine, refused, stopping
 from tsqp.serve.metrics import Metrics
 from tsqp.serve.prompts import answer_tokens, as_generation_error, chat_prompt, completion_prompts
 from tsqp.serve.running import Running
@@ -146,7 +146,7 @@ class Service:
         try:
             await running.submit(job.generations)
         except TsqpError as error:
-            raise from_engine(error) from None
+            raise at_submission(error) from None
         if job.asked.stream:
             return EventStream(_streamed(job, running), running.cancel)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -79,5 +79,25 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
             message = {"type": "http.response.body", "body": event, "more_body": True}
-            await asyncio.wait_for(send(message), self._timeout_s)
+            await _within(self._timeout_s, send(message))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _within(timeout_s: float, sending: Awaitable[None]) -> None:
+    """Send something in time. ``asyncio.wait_for`` may forget before Python 3.12 that its caller was cancelled.
+
+    That happens where what it waits for ends in the same round of the loop: a client that closes its connection just
+    when an event has been sent would have its request run on for ever.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    task = asyncio.ensure_future(sending)
+    try:
+        await asyncio.wait({task}, timeout=timeout_s)
+        if not task.done():
+            raise asyncio.TimeoutError
+        task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -12,7 +12,7 @@ from bench_reports import REPORTS
 from tsqp.bench.page import page, write
 from tsqp.bench.svg import Axis, Bar, Line, lines, log_bars, stacked_bars
 from tsqp.errors import InputError
-from tsqp.reports import Measurement
+from tsqp.measurements import Measurement
 
 VOID = ("meta",)
 

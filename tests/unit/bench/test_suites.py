@@ -20,9 +20,9 @@ from tsqp.bench.prefill_suite import model_bytes, ratios
 from tsqp.bench.summary import ratio, spread, typical
 from tsqp.bench.transport_suite import SIZES, size_text
 from tsqp.bench.transport_suite import ratios as transport_ratios
+from tsqp.measurements import TransportPoint, TransportRow
 from tsqp.model.architecture import linear_groups, norm_shapes, read_config, weight_shapes
 from tsqp.model.llama import Llama
-from tsqp.reports import TransportPoint, TransportRow
 
 
 class Stub(Child):

@@ -19,7 +19,14 @@ from tsqp.enclave.mask_pool import MaskPool, check_pool_fits, largest_pool, peak
 from tsqp.enclave.mask_refill import IdleRefill
 from tsqp.enclave.mask_sources import EnclaveMasks, SummedMasks
 from tsqp.enclave.masks import Mask, MaskLedger
-from tsqp.errors import ConfigError, IntegrityError, InternalError, MaskReuseError, TransportClosedError
+from tsqp.errors import (
+    ConfigError,
+    IntegrityError,
+    InternalError,
+    MaskReuseError,
+    ProtocolError,
+    TransportClosedError,
+)
 from tsqp.meter import Meter
 from tsqp.model.architecture import LinearGroup
 
@@ -131,6 +138,22 @@ def test_a_full_pool_holds_what_was_asked_for_and_waits_for_nothing() -> None:
     assert meter.mask_wait_ns == 0
     pool.take("head", 1)
     assert meter.mask_wait_ns > 0
+
+
+def test_a_pool_for_generation_keeps_a_row_of_the_head_for_each_token() -> None:
+    room = peak_bytes(GROUPS, 32, 32)
+    pool, source, meter = make(32, limit=room)
+    with pytest.raises(ConfigError, match="a mask pool of 32 rows with 33 of the head takes"):
+        pool.keep_head(33)
+    fill(pool)
+    pool.keep_head(32)
+    assert not pool.is_full
+    fill(pool)
+    assert pool.held == pool.wanted == 96
+    before = list(source.started)
+    pool.take("head", 32)
+    assert source.started == before
+    assert meter.mask_wait_ns == 0
 
 
 def test_dealers_are_asked_ahead_for_the_forward_pass_but_not_for_the_head() -> None:
@@ -279,6 +302,38 @@ def test_filling_goes_on_after_a_link_has_failed() -> None:
     refill.wait_until_full()
     assert pool.is_full
     refill.close()
+
+
+def test_filling_goes_on_after_a_step_although_nobody_waited_for_the_pool() -> None:
+    """An engine never waits for a full pool: a link that failed once must not leave it empty for ever."""
+    pool, source, meter = make(64)
+    source.error = TransportClosedError("the dealer is gone")
+    refill = IdleRefill(pool, 1, meter)
+    _until(lambda: refill._failure is not None)
+    source.error = None
+    with refill.paused():
+        assert pool.held == 0
+    _until(lambda: pool.is_full)
+    refill.close()
+
+
+def test_what_a_dealer_must_not_send_while_the_pool_is_filled_ends_the_next_step() -> None:
+    pool, source, meter = make(64)
+    source.error = ProtocolError("no message")
+    refill = IdleRefill(pool, 1, meter)
+    _until(lambda: refill._failure is not None)
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="no message"), refill.paused():
+            raise AssertionError("a step was computed with masks of a dealer that lied")
+    refill.close()
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if holds():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it did not come to be in time")
 
 
 def test_the_largest_pool_fits_and_one_much_larger_does_not() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import typer
+import zmq
 from fake_engine import FakeEngine, tiny_served
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
-from tsqp.config import EnclaveConfig, ServeConfig
+from tsqp.config import EnclaveConfig, EngineConfig, ServeConfig
 from tsqp.engine.api import Engine
 from tsqp.serve.keys import read_keys
 from tsqp.serve.served_model import ServedModel
@@ -52,7 +54,15 @@ def test_a_new_key_is_printed_once_and_only_its_hash_kept(app: typer.Typer, tmp_
         (["--level", "secret"], "unknown level"),
         (["--host", "0.0.0.0"], "no API keys"),  # noqa: S104
         (["--tls-cert", "x.pem"], "both a certificate and its key"),
-        (["--worker", "a:1", "--worker", "b:1"], "give --worker once"),
+        (["--worker", "a:1", "--worker", "a:1"], "a:1 is given twice"),
+        (["--worker", "a:1", "--worker", "b:1", "--worker-key", "k"], "2 workers and 1 worker keys"),
+        (["--worker-key", "k"], "a worker's key was given but no worker"),
+        (["--worker", "nowhere"], "endpoint 'nowhere'"),
+        (["--max-running", "0"], "max_running 0: expected at least 1"),
+        (["--step-tokens", "10"], "step_tokens 10: expected at least 64"),
+        (["--kv-memory", "0"], "kv_memory 0: expected at least 1"),
+        (["--max-queued", "0"], "max_queued 0: expected at least 1"),
+        (["--reuse-prefixes", "maybe"], "unknown reuse_prefixes"),
         (["--padding", "some"], "unknown padding"),
         (["--port", "70000"], "port 70000"),
     ],
@@ -65,19 +75,29 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_loaded(
     assert message in done.stderr
 
 
-@pytest.mark.parametrize(("level", "told"), [(None, False), ("open", True)])
-def test_it_tells_its_address_and_that_open_is_read(
-    level: str | None,
-    told: bool,  # noqa: FBT001
-    app: typer.Typer,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    engine = FakeEngine()
-    levels: list[str] = []
+@dataclass
+class Served:
+    """A command that ends as soon as its server has started, before an engine that continues nothing."""
 
-    def loaded(enclave: EnclaveConfig, _served: ServeConfig, _stack: ExitStack) -> tuple[Engine, ServedModel]:
-        levels.append(enclave.level)
-        return engine, tiny_served(enclave.level)
+    app: typer.Typer
+    engine: FakeEngine
+    settings: list[tuple[EnclaveConfig, EngineConfig]]
+
+    def run(self, *words: str) -> Result:
+        done = CliRunner().invoke(self.app, ["--port", "0", *words])
+        assert done.exit_code == 0, done.output
+        return done
+
+
+@pytest.fixture
+def command_line(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> Served:
+    served = Served(app, FakeEngine(), [])
+
+    def loaded(
+        enclave: EnclaveConfig, engine: EngineConfig, _served: ServeConfig, _stack: ExitStack
+    ) -> tuple[Engine, ServedModel]:
+        served.settings.append((enclave, engine))
+        return served.engine, tiny_served(enclave.level)
 
     @contextmanager
     def no_signals(server: object) -> Iterator[None]:
@@ -86,9 +106,65 @@ def test_it_tells_its_address_and_that_open_is_read(
 
     monkeypatch.setattr(command, "_loaded", loaded)
     monkeypatch.setattr("tsqp.serve.server.Server.capture_signals", no_signals)
-    done = CliRunner().invoke(app, ["--port", "0", *(["--level", level] if level else [])])
-    assert done.exit_code == 0, done.output
-    assert levels == [level or "masked"]
-    assert f"level {levels[0]}: listening on http://127.0.0.1:" in done.stdout
-    assert ("the worker reads every prompt" in done.stderr) == told
-    assert engine.closed_with == 30.0
+    return served
+
+
+@pytest.mark.parametrize(
+    ("level", "told"),
+    [
+        (None, None),
+        ("local", None),
+        ("open", "level open: the worker reads every prompt."),
+        ("verified", "level verified: the worker reads every prompt; its results are checked."),
+    ],
+)
+def test_it_tells_its_address_and_where_the_worker_reads_prompts(
+    level: str | None, told: str | None, command_line: Served
+) -> None:
+    done = command_line.run(*(["--level", level] if level else []))
+    ((enclave, _),) = command_line.settings
+    assert enclave.level == (level or "masked")
+    assert f"level {enclave.level}: listening on http://127.0.0.1:" in done.stdout
+    assert [line for line in done.stderr.splitlines() if "reads every prompt" in line] == ([told] if told else [])
+    assert command_line.engine.closed_with == 30.0
+
+
+@pytest.mark.parametrize(("level", "told"), [("masked", False), ("verified", True), ("open", True)])
+def test_it_says_which_links_others_can_read(level: str, told: bool, command_line: Served) -> None:  # noqa: FBT001
+    workers = ["--worker", "192.0.2.7:50051", "--worker", "127.0.0.1:1"]
+    done = command_line.run("--level", level, *workers)
+    sentence = "192.0.2.7:50051 is not on this machine: activations travel to it unencrypted."
+    assert (sentence in done.stderr) == told
+    assert "127.0.0.1:1 is" not in done.stderr
+    key = zmq.curve_keypair()[0].decode()
+    done = command_line.run("--level", level, "--worker", "192.0.2.7:50051", "--worker-key", key)
+    assert "unencrypted" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--reuse-prefixes", "on"], True),
+        (["--reuse-prefixes", "off"], False),
+        ([], False),
+        (["--reuse-prefixes", "on", "--level", "verified"], False),
+    ],
+)
+def test_reuse_at_masked_says_what_it_shows(words: list[str], told: bool, command_line: Served) -> None:  # noqa: FBT001
+    done = command_line.run(*words)
+    assert ("the worker gets fewer rows" in done.stderr) == told
+
+
+def test_options_reach_the_engine(command_line: Served) -> None:
+    words = "--kv-memory 5000000 --max-running 7 --max-queued 9 --step-tokens 128 --reuse-prefixes off"
+    command_line.run("--worker", "a:1", "--worker", "b:1", *words.split())
+    ((enclave, engine),) = command_line.settings
+    assert enclave.worker is None
+    assert engine == EngineConfig(
+        workers=("a:1", "b:1"),
+        kv_memory=5_000_000,
+        max_running=7,
+        max_queued=9,
+        step_tokens=128,
+        reuse_prefixes="off",
+    )

@@ -8,8 +8,17 @@ import pytest
 from fake_engine import CONTEXT, MODEL, FakeEngine, tiny_served
 from serving import Serve
 
-from tsqp.engine.api import QueueFullError
-from tsqp.errors import TsqpError
+from tsqp.engine.api import ClosingError, QueueFullError
+from tsqp.errors import (
+    AbsentPeerError,
+    DeviceMemoryError,
+    HostileError,
+    IntegrityError,
+    InternalError,
+    ProtocolError,
+    TransportClosedError,
+    TsqpError,
+)
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
@@ -201,12 +210,29 @@ def test_a_full_queue_is_a_429_with_a_time_to_come_back_and_nothing_of_the_reque
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(QueueFullError("too many requests wait."), 429), (TsqpError("closing."), 503)]
+    ("error", "status", "kind", "code"),
+    [
+        (QueueFullError("too many requests wait."), 429, "rate_limit_error", "queue_full"),
+        (ClosingError("closing."), 503, "server_error", "stopping"),
+        (TransportClosedError("the worker is gone."), 503, "worker_error", "not_ready"),
+        (AbsentPeerError("nobody is there."), 503, "worker_error", "not_ready"),
+        (IntegrityError("a product was wrong."), 503, "integrity_error", "not_ready"),
+        (ProtocolError("no message."), 503, "protocol_error", "not_ready"),
+        (DeviceMemoryError("out of memory."), 503, "server_error", "out_of_memory"),
+        (InternalError("a bug."), 500, "server_error", "internal_error"),
+        (TsqpError("not now."), 503, "server_error", "not_ready"),
+    ],
 )
-def test_what_the_engine_refuses_is_no_stream(error: TsqpError, status: int, serve: Serve) -> None:
+def test_what_the_engine_refuses_is_no_stream(
+    error: TsqpError, status: int, kind: str, code: str, serve: Serve
+) -> None:
     answer = serve(FakeEngine(refusal=error)).post(COMPLETIONS, json={"model": MODEL, "prompt": "x", "stream": True})
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
+    assert (answer.json()["error"]["type"], answer.json()["error"]["code"]) == (kind, code)
+    hopeless = isinstance(error, (HostileError, InternalError))
+    assert answer.headers.get("x-should-retry") == ("false" if hopeless else None)
+    assert ("retry-after" in answer.headers) == (not hopeless)
 
 
 def test_paths_and_methods_that_are_not_there(serve: Serve) -> None:

@@ -220,6 +220,33 @@ def overlap(
         _finish(report, html, as_json=json)
 
 
+@bench.command()
+def decode(
+    model: ModelOption = None,
+    tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 32,
+    batch: Annotated[str, typer.Option(help="Numbers of requests at once, between commas; 1 is always measured.")] = (
+        "1,16"
+    ),
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    rounds: Annotated[int, typer.Option(help="Turns of each variant; each has one run with each batch.")] = 5,
+    html: HtmlOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure generation at every level, one request and many at once, against transformers."""
+    with reported(as_json=json):
+        batches = options.whole_numbers(batch, "--batch")
+        config = options.load({"model": model, "dtype": dtype, "threads": threads}, tokens, rounds)
+        _check_files(html)
+        from tsqp.bench import decode_suite
+
+        sizes = decode_suite.Sizes.of(tokens, batches)
+        with progress() as step:
+            count = config.threads or available_cores()
+            report = decode_suite.run(config, sizes, count, rounds=rounds, on_step=step)
+        _finish(report, html, as_json=json)
+
+
 def _check_files(html: Path | None, trace: Path | None = None) -> None:
     options.check_writable(html, "--html")
     options.check_writable(trace, "--trace")

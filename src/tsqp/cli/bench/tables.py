@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tsqp.reports import (
+from tsqp.measurements import (
     BenchReport,
+    DecodeReport,
     Floor,
     LevelsReport,
     OverlapReport,
@@ -22,7 +23,7 @@ from tsqp.reports import (
     Variant,
 )
 
-Report: TypeAlias = BenchReport | LevelsReport | ScalingReport | OverlapReport | TransportReport
+Report: TypeAlias = BenchReport | LevelsReport | ScalingReport | OverlapReport | DecodeReport | TransportReport
 
 _PARTS = ("quantise", "mask", "ahead", "check", "rest")
 
@@ -35,6 +36,7 @@ def show(report: Report) -> None:
         LevelsReport: _levels,
         ScalingReport: _scaling,
         OverlapReport: _overlap,
+        DecodeReport: _decode,
         TransportReport: _transport,
     }
     for table in tables[type(report)](report):
@@ -186,6 +188,29 @@ def _overlap(report: OverlapReport) -> list[Table | str]:
             f"{point.times_undelayed:.2f}",
         )
     return [table]
+
+
+def _decode(report: DecodeReport) -> list[Table | str]:
+    from tsqp.bench.decode_page import PARTS, parts
+
+    title = f"{report.model}, answers of {report.tokens} tokens, {report.dtype}, {report.threads} threads per process"
+    rates = _table("variant", "requests", "tokens/s", "/ 1", "ms/step", "p10 to p90", title=escape(title))
+    alone = {point.name: point.tokens_per_s for point in report.points if point.batch == 1}
+    for point in report.points:
+        gain = f"{point.tokens_per_s / alone[point.name]:.1f}" if point.batch > 1 else ""
+        spread = _spread(point.p10_s, point.p90_s)
+        rates.add_row(point.name, str(point.batch), f"{point.tokens_per_s:.1f}", gain, _ms(point.median_s), spread)
+    names = [step.name if step.sampling == "greedy" else f"{step.name}, {step.sampling}" for step in report.steps]
+    steps = _table("ms", *names, title=f"a step of {report.steps[0].batch} requests by part, with clocks inside")
+    inner = [dict(parts(step)) for step in report.steps]
+    for part in PARTS:
+        steps.add_row(part, *(f"{values[part]:.2f}" for values in inner))
+    steps.add_row("overhead, median", *(f"{step.overhead_s * 1e3:.2f}" for step in report.steps))
+    pool = (
+        f"masked had a pool of {report.mask_pool} tokens ({report.mask_pool_bytes / 1e6:,.0f} MB at most), full before "
+        "each run and not filled during it. Sustained: the engine's own pool, filled as it always is."
+    )
+    return [rates, steps, pool]
 
 
 def _transport(report: TransportReport) -> list[Table | str]:

@@ -2,21 +2,15 @@
 // No framework, no build step, no other server. Every text that arrives is shown as text, never as markup.
 "use strict";
 
-import { chat, clearChat, send } from "./chat.js";
-import { $, headers, pauseOrKey } from "./common.js";
+import { askModel, chat, clearChat, send } from "./chat.js";
+import { $, pauseOrKey } from "./common.js";
 import { poll, wakePoll } from "./engine.js";
 import { view, watch } from "./view.js";
 
 async function findModel() {
   for (let wait = 500; !chat.model; wait = Math.min(2 * wait, 8000)) {
-    try {
-      const response = await fetch("v1/models", { headers: headers() });
-      if (response.ok) chat.model = (await response.json()).data[0].id;
-    } catch { /* asked again below */ }
-    if (chat.model) break;
-    await pauseOrKey(wait);
+    try { await askModel(); } catch { await pauseOrKey(wait); }
   }
-  $("model").textContent = chat.model;
 }
 
 function setTheme(theme) {

@@ -4,6 +4,8 @@
 import { $, duration, headers, problem, serverEvents } from "./common.js";
 import { engine, wakePoll } from "./engine.js";
 
+const TOUCH = window.matchMedia("(pointer: coarse)");
+
 export const chat = { messages: [], model: "", stopper: null, started: 0, first: 0, pieces: 0, tokens: 0, ended: 0 };
 
 function bubble(role, text) {
@@ -32,6 +34,15 @@ function note(box, text) {
 function showError(text) {
   $("error").textContent = text;
   $("error").hidden = !text;
+}
+
+/** Ask which model is served, unless that is known. */
+export async function askModel() {
+  if (chat.model) return;
+  const response = await fetch("v1/models", { headers: headers() });
+  if (!response.ok) throw new Error(await problem(response));
+  chat.model = (await response.json()).data[0].id;
+  $("model").textContent = chat.model;
 }
 
 function request() {
@@ -91,6 +102,7 @@ export async function send(event) {
   $("announce").textContent = "The model is answering.";
   let ended = "";
   try {
+    await askModel();
     const response = await fetch("v1/chat/completions", {
       method: "POST",
       headers: headers({ "Content-Type": "application/json" }),
@@ -101,7 +113,7 @@ export async function send(event) {
     ended = await readAnswer(response, box);
   } catch (error) {
     ended = error.name === "AbortError" ? "stopped" : "failed";
-    if (ended === "failed") showError(error.message || String(error));
+    if (ended === "failed") showError(error instanceof TypeError ? "The connection to the server was lost." : error.message);
   }
   finish(text, asked, box, ended);
 }
@@ -128,7 +140,14 @@ function finish(text, asked, box, ended) {
     "broken off": "the connection ended early" }[ended];
   if (why && box.isConnected) note(box, why);
   $("announce").textContent = ended === "failed" ? "" : `${answer || "No answer"}${why ? ` (${why})` : ""}`;
-  $("prompt").focus();
+  refocus();
+}
+
+/** Go back to where the next message is typed, but not away from something else, and without a phone's keyboard. */
+function refocus() {
+  const at = document.activeElement;
+  if (at && at !== document.body && !["prompt", "send", "stop"].includes(at.id)) return;
+  $(TOUCH.matches ? "log" : "prompt").focus({ preventScroll: true });
 }
 
 export function clearChat() {

@@ -3,15 +3,21 @@
 
 import { $, bytes, duration, headers, pause, problem, setText, shape } from "./common.js";
 
-const BUSY_POLL_MS = 500;
+const BUSY_POLL_MS = 300;
 const IDLE_POLL_MS = 3000;
 
+// Of the enclave's time; what is left of it is shown as its rest.
+const WITHIN = ["attention", "quantise", "mask", "check", "ahead", "mask_wait"];
+let knowFirst;
+
+/** The newest numbers, and those from when the newest answer began; `known` is the first that came. */
 export const engine = {
-  names: { worker: "worker", wire: "on the way", enclave: "enclave", attention: "attention", sampling: "sampling",
-    quantise: "quantising", mask: "masking", check: "checking", ahead: "ahead of time", mask_wait: "waiting for masks",
-    mask_fill: "filling the pool" },
+  names: { worker: "worker", wire: "on the way", attention: "attention", quantise: "quantising", mask: "masking",
+    check: "checking", ahead: "preparing checks and masks", mask_wait: "waiting for masks", rest: "rest of the enclave",
+    sampling: "sampling" },
   before: null,
   now: null,
+  known: new Promise((resolve) => { knowFirst = resolve; }),
 
   /** Numbers of this answer are counted from here. */
   begin() {
@@ -23,18 +29,18 @@ export const engine = {
   show(stats) {
     if (!this.before || stats.steps < this.before.steps) this.before = stats;
     this.now = stats;
+    knowFirst(stats);
     setText("level", stats.level || "");
     $("level").hidden = !stats.level;
     $("running").textContent = stats.queued ? `${stats.running}, ${stats.queued} wait` : String(stats.running);
     const used = stats.blocks_total - stats.blocks_free;
     $("blocks").textContent = stats.blocks_total ? `${Math.round((100 * used) / stats.blocks_total)} %` : "–";
-    const sent = stats.bytes_sent - this.before.bytes_sent;
-    const received = stats.bytes_received - this.before.bytes_received;
-    $("traffic").textContent = `${bytes(sent)}, ${bytes(received)}`;
+    const crossed = (at) => at.bytes_sent + at.bytes_received;
+    $("traffic").textContent = bytes(crossed(stats) - crossed(this.before));
     this.showPool(stats);
     this.showParts(stats);
-    const failures = stats.integrity_failures ? ` ${stats.integrity_failures} wrong products were found.` : "";
-    setText("state", (stats.ready ? "ready." : `not ready: ${stats.reason}.`) + failures);
+    const failures = stats.integrity_failures ? ` Wrong products found: ${stats.integrity_failures}.` : "";
+    setText("state", (stats.ready ? "Ready." : `Not ready: ${stats.reason.replace(/\.$/, "")}.`) + failures);
   },
 
   showPool(stats) {
@@ -45,11 +51,19 @@ export const engine = {
     $("pool-meter").value = Math.min(1, level);
   },
 
-  showParts(stats) {
-    const parts = Object.entries(stats.seconds)
-      .map(([name, seconds], index) => ({ name: this.names[name] || name, index: index % 11,
-        seconds: seconds - (this.before.seconds[name] || 0) }))
+  /** Seconds of this answer by part: parts that do not overlap, so that they add up to its steps. */
+  parts(stats) {
+    const spent = (name) => (stats.seconds[name] || 0) - (this.before.seconds[name] || 0);
+    const rest = Math.max(0, spent("enclave") - WITHIN.reduce((sum, name) => sum + spent(name), 0));
+    return Object.entries(this.names)
+      .map(([name, text], index) => ({ name: text, index, seconds: name === "rest" ? rest : spent(name) }))
       .filter((part) => part.seconds > 0);
+  },
+
+  showParts(stats) {
+    const parts = this.parts(stats);
+    const filled = (stats.seconds.mask_fill || 0) - (this.before.seconds.mask_fill || 0);
+    $("filling").textContent = filled > 0 ? `Beside it, in idle time: ${duration(filled)} of filling the mask pool.` : "";
     const total = parts.reduce((sum, part) => sum + part.seconds, 0);
     const bar = $("parts");
     const list = $("parts-list");
@@ -87,7 +101,7 @@ export async function poll(isBusy) {
         if (response.ok) engine.show(await response.json());
         else setText("state", await problem(response));
       } catch {
-        setText("state", "the server does not answer.");
+        setText("state", "The server does not answer.");
       }
     }
     const wait = isBusy() ? BUSY_POLL_MS : IDLE_POLL_MS;

@@ -2,19 +2,21 @@
 "use strict";
 
 import { $, bytes, headers, number, pauseOrKey, problem, serverEvents, setText, shape } from "./common.js";
+import { engine } from "./engine.js";
 
 const BINS = 64;
+const WORDS_IN_TABLE = 2;
 const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
 
 const VERDICTS = {
   open: "It reads every word: it is sent the very token ids, and every activation in clear.",
   verified: "It reads every word: each row it gets lies next to one row of the public embedding table.",
-  masked: "It sees uniform noise. The attack that reads “verified” finds nothing here.",
+  masked: "It sees uniform noise. The attack that reads every word at “verified” finds nothing.",
 };
 const READINGS = {
   ids: ["What it reads", "Token ids it was sent, decoded with the model's public tokenizer."],
   nearest: ["What it reads", "The nearest row of the public embedding table, for each row that came."],
-  guess: ["Its best attempt to read it", "The same nearest-row attack, on what came. It finds a token for anything; these are chance."],
+  guess: ["Its best attempt to read it", "The same nearest-row attack as at “verified”. It finds a token for anything; these are chance."],
 };
 
 function setVerdict(text, kind) {
@@ -74,7 +76,7 @@ function requestRow(each) {
     chart.append(svg);
   }
   row.append(cell(each.group || each.operation.toLowerCase()), cell(number.format(each.rows), "n"), cell(each.dtype),
-    cell(number.format(each.size_bytes), "n"), chart, cell(each.words.join(" "), "mono"));
+    cell(number.format(each.size_bytes), "n"), chart, cell(each.words.slice(0, WORDS_IN_TABLE).join(" "), "mono"));
   return row;
 }
 
@@ -145,6 +147,7 @@ export const view = {
 };
 
 export async function watch() {
+  if (!(await engine.known).view) { view.notOffered(); return; }
   for (let wait = 500; ; wait = Math.min(2 * wait, 8000)) {
     try {
       const response = await fetch("view", { headers: headers({ Accept: "text/event-stream" }), cache: "no-store" });

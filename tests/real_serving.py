@@ -1,0 +1,68 @@
+"""Real engines behind the HTTP server: over the bundled model, or a tiny one with a tokenizer and a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fake_engine import write_tokenizer
+from http_server import Running, http_server
+from tiny_models import tiny_checkpoint
+
+from tsqp.config import EnclaveConfig, EngineConfig
+from tsqp.engine.loop import GenerationEngine, open_engine
+from tsqp.launch import local_worker
+from tsqp.levels import Model, open_model
+from tsqp.serve.served_model import served
+
+MODEL = "tiny"
+VOCABULARY = 258
+CONTEXT = 1024
+
+
+def speaking_checkpoint(directory: Path, **options: Any) -> Path:
+    """Save a tiny random model whose tokens are the 256 bytes and two special ones; it has a chat template.
+
+    Args:
+        directory: where to.
+        options: as ``tiny_checkpoint`` takes them.
+    """
+    tiny_checkpoint(directory, vocab_size=VOCABULARY, bos_token_id=256, eos_token_id=257, **options)
+    write_tokenizer(directory)
+    return directory
+
+
+@contextmanager
+def real_engine(model: Model, level: str, worker: str | None = None, **settings: Any) -> Iterator[GenerationEngine]:
+    """Run an engine.
+
+    Args:
+        model: from ``open_model`` for this level.
+        level: of protection.
+        worker: its address; None starts one, if the level needs one.
+        settings: of ``EngineConfig``.
+    """
+    config = EnclaveConfig(level=level, worker=worker)
+    with ExitStack() as stack:
+        if level != "local" and worker is None:
+            config = replace(config, worker=stack.enter_context(local_worker(["--model", str(model.directory)])))
+        yield stack.enter_context(open_engine(model, config, EngineConfig(**settings)))
+
+
+@contextmanager
+def served_engine(engine: GenerationEngine, model: Model, level: str, **settings: Any) -> Iterator[Running]:
+    """Serve an engine as the model ``tiny``; ``settings`` are ``ServeConfig``'s."""
+    offered = served(model.tokenizer, model.architecture.vocab_size, MODEL, level)
+    with http_server(engine, model=offered, **settings) as running:
+        yield running
+
+
+@contextmanager
+def real_server(directory: Path, level: str, worker: str | None = None, **settings: Any) -> Iterator[Running]:
+    """Run an engine over a checkpoint and serve it."""
+    model = open_model(str(directory), level)
+    with real_engine(model, level, worker) as engine, served_engine(engine, model, level, **settings) as running:
+        yield running
