@@ -14,6 +14,7 @@ from tiny_models import tiny_checkpoint
 
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.loop import GenerationEngine, open_engine
+from tsqp.engine.memory import cache_bytes
 from tsqp.launch import local_worker
 from tsqp.levels import Model, open_model
 from tsqp.serve.served_model import served
@@ -21,6 +22,8 @@ from tsqp.serve.served_model import served
 MODEL = "tiny"
 VOCABULARY = 258
 CONTEXT = 1024
+# An engine's default cache is 1 GiB, and a test process has many engines.
+CACHE_TOKENS = 8 * CONTEXT
 
 
 def speaking_checkpoint(directory: Path, **options: Any) -> Path:
@@ -49,7 +52,8 @@ def real_engine(model: Model, level: str, worker: str | None = None, **settings:
     with ExitStack() as stack:
         if level != "local" and worker is None:
             config = replace(config, worker=stack.enter_context(local_worker(["--model", str(model.directory)])))
-        yield stack.enter_context(open_engine(model, config, EngineConfig(**settings)))
+        room = {"kv_memory": cache_bytes(model.architecture, CACHE_TOKENS)}
+        yield stack.enter_context(open_engine(model, config, EngineConfig(**{**room, **settings})))
 
 
 @contextmanager

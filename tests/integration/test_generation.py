@@ -14,7 +14,7 @@ from engine_answers import Answer
 from transformers import AutoModelForCausalLM
 from workers import free_port
 
-from tsqp.config import EnclaveConfig
+from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import Engine, Failed, Finished, Generation, PromptRead, Sampling
 from tsqp.engine.loop import open_engine
 from tsqp.errors import TransportError
@@ -35,6 +35,8 @@ PROMPTS = (
 )
 TOKENS = 64
 GREEDY = Sampling(temperature=0)
+# About 90 blocks: all that is asked here at once, and not the default's 1 GiB.
+SMALL = EngineConfig(kv_memory=1 << 28)
 _PATIENCE_S = 120
 
 
@@ -62,7 +64,7 @@ def running(level: str, name: str = "smollm2") -> Iterator[Running]:
     with ExitStack() as stack:
         if level != "local":
             config = replace(config, worker=stack.enter_context(local_worker(["--model", str(model.directory)])))
-        yield Running(stack.enter_context(open_engine(model, config)), model.tokenizer.encode)
+        yield Running(stack.enter_context(open_engine(model, config, SMALL)), model.tokenizer.encode)
 
 
 def generated(level: str, name: str = "smollm2") -> list[list[int]]:
@@ -148,7 +150,7 @@ def test_a_lost_worker_ends_requests_with_an_error_and_a_new_one_serves_again() 
         first = stack.enter_context(ExitStack())
         first.enter_context(local_worker(words))
         config = EnclaveConfig(level="open", worker=address, request_timeout_s=2.0, connect_timeout_s=2.0)
-        run = Running(stack.enter_context(open_engine(model, config)), model.tokenizer.encode)
+        run = Running(stack.enter_context(open_engine(model, config, SMALL)), model.tokenizer.encode)
         asked = run.ask("Once upon a time", 400)
         while len(asked.ids) < 3:
             assert not asked.ended.wait(0.01)

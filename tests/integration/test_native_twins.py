@@ -32,6 +32,7 @@ def logits(packed: Path, level: str, notices: list[str], **settings: str) -> Ten
 def test_levels_agree_whoever_lacks_native_kernels(packed: Path, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stays in floats rounds differently without them, so ``local`` is computed as the enclave computes."""
     notices: list[str] = []
+    native.kernels()  # chosen once, before the setting for the worker
     with monkeypatch.context() as patch:
         if without == "worker":
             patch.setenv(native.VARIABLE, "off")

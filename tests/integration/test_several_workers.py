@@ -20,6 +20,7 @@ from hostile import HostilePeer, Material, claiming, laid_out, on
 from tiny_models import tiny_checkpoint
 from workers import free_port, packed_tiny
 
+from tsqp.arith import native
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.enclave.mask_pool import pool_rows
 from tsqp.engine.api import Finished, Generation, Sampling
@@ -114,7 +115,7 @@ class Site:
             self.model(level),
             EnclaveConfig(level=level, **given),  # type: ignore[arg-type]
             EngineConfig(workers=addresses, kv_memory=1 << 20, reuse_prefixes="on"),
-            on_notice=notices.append,
+            on_notice=lambda sentence: None if sentence == native.notice() else notices.append(sentence),
         )
         return Running(self._stack.enter_context(engine), notices)
 
