@@ -347,11 +347,9 @@ class Link:
     def _frames(self, datagram: memoryview) -> tuple[list[Buffer], bool]:
         """Return a message's frames, and whether some lie in the region."""
         (count,) = _COUNT.unpack_from(datagram)
-        if count > _MAX_FRAMES:
-            raise ProtocolError(f"a message of {count} frames; at most {_MAX_FRAMES} are allowed.")
         at = _COUNT.size + count * _SPAN.size
-        if at > len(datagram):
-            raise ProtocolError("a datagram beside the shared region is cut short.")
+        if count > _MAX_FRAMES or at > len(datagram):
+            raise ProtocolError(f"{count} frames in a datagram of {len(datagram)} bytes; at most {_MAX_FRAMES} fit.")
         room = self.half  # frames that overlap could otherwise be larger together than the region is
         frames: list[Buffer] = []
         for offset, length in _SPAN.iter_unpack(datagram[_COUNT.size : at]):
