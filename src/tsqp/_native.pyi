@@ -85,4 +85,17 @@ def rotate(
     threads: int,
     /,
 ) -> None: ...
+def draw(
+    x: int,
+    count: int,
+    largest: float,
+    scale: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    uniform: float,
+    isa: int,
+    /,
+) -> int: ...
 def watch(descriptors: tuple[int, ...], limit_ns: int, ahead: int, size: int, /) -> tuple[int, list[int]]: ...
+def core() -> int: ...

@@ -1,15 +1,17 @@
-"""Checked calls of the native kernels for what lies between a model's products. They compute in float32.
+"""Checked calls of the native kernels for what lies between a model's products and after them, in float32.
 
 A row's result depends on its own sequence only: not on the rows beside it, on how many there are, or on threads. What
 ``rms_norm``, ``swiglu`` and ``rotate`` make of it is the same bits with every instruction set.
 
 Shapes: B batch, T tokens, S tokens that are looked at, M rows, N heads, G key-value heads, H head size, D hidden,
-F FFN, E = 2F gate and up.
+F FFN, E = 2F gate and up, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +20,28 @@ from tsqp.arith.extension import INSTRUCTION_SETS, address, module, readable, st
 from tsqp.arith.paging import BLOCK_TOKENS, Segments
 from tsqp.errors import ExactnessError
 
+_LOG2_E = 1 / math.log(2)
+
+
+class Filters(NamedTuple):
+    """Which tokens may be drawn, and what logits are divided by; ``engine/sampling.py`` has the definitions.
+
+    Attributes:
+        temperature: a float32 number, neither 0 nor below the smallest normal one.
+        top_k: below V; 0 keeps all.
+        top_p: in (0, 1].
+        min_p: in [0, 1].
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKernels:
-    """Attention and layers, with one of this processor's instruction sets."""
+    """Attention, layers and sampling, with one of this processor's instruction sets."""
 
     instructions: str
 
@@ -196,6 +216,41 @@ class LayerKernels:
             out_MNH.stride()[:2],
             self._level,
             torch.get_num_threads(),
+        )
+
+    @property
+    def draws(self) -> bool:
+        """Whether ``draw`` is there."""
+        return self.attends
+
+    def draw(self, logits_V: Tensor, largest: float, filters: Filters, uniform: float) -> int:
+        """Return a token drawn from what the filters leave.
+
+        Args:
+            logits_V: float32, V at least 1. Of logits that another process changes meanwhile comes some token of them.
+            largest: of the logits, none of which is NaN; finite.
+            filters: of this request.
+            uniform: in [0, 1): where in the distribution function, by ascending tokens, the one to return lies.
+
+        Raises:
+            ExactnessError: another dtype or shape, or the instruction set lacks it.
+        """
+        if not self.draws:
+            raise ExactnessError(f"there is no native sampling for {self.instructions}.")
+        vocab = logits_V.numel()
+        if not vocab:
+            raise ExactnessError("a native kernel draws from at least one token.")
+        logits_V = readable(logits_V)
+        return module.draw(
+            address(logits_V, torch.float32, vocab),
+            vocab,
+            largest,
+            _LOG2_E / filters.temperature,
+            filters.top_k,
+            filters.top_p,
+            filters.min_p,
+            uniform,
+            self._level,
         )
 
     @property

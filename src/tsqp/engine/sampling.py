@@ -1,13 +1,15 @@
 """Chooses one request's next token from its logits, and says how likely tokens were.
 
 Everything here is of one request: its logits, its seed, its history. Neither who else is in the batch nor how many
-rows are computed together can change a choice. NumPy works on one row several times faster than PyTorch does.
+rows are computed together can change a choice. A native kernel draws (``native/sampling.c``); where it is not there,
+NumPy does, whose weights have other last bits: a token that lies so close to a bound may be chosen or not. NumPy works
+on one row several times faster than PyTorch does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tsqp.arith import native
+from tsqp.arith.layer_kernels import Filters
 from tsqp.engine.api import LogitsError, Sampling, TokenLogprobs
 from tsqp.errors import InternalError
 
@@ -26,6 +30,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).tiny)
 # Sums over so many weights are what a draw looks up first.
 _DRAW_BLOCK = 256
+# The nucleus is looked for among weights of at least this part of 1 - p first; the largest weight is 1.
+_LIKELY = 2.0**-9
 # Temporary float32 values of ``prompt_logprobs``: 16 MiB.
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -50,6 +56,12 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], vocab: int) -> None:
         self._sampling = sampling
         self._vocab = vocab
+        self._filters = Filters(
+            max(sampling.temperature, _SMALLEST),
+            sampling.top_k if sampling.top_k < vocab else 0,
+            sampling.top_p,
+            sampling.min_p,
+        )
         self._generator = _generator(sampling.seed) if sampling.temperature > 0 else None
         self._seen_V: npt.NDArray[np.bool_] | None = None
         if sampling.repetition_penalty != 1:
@@ -78,7 +90,8 @@ class Sampler:
             scores_V = self._penalised(raw_V, self._seen_V)
             token = int(scores_V.argmax())
         if self._generator is not None:
-            token = self._draw(scores_V, self._generator)
+            uniform = torch.rand((), dtype=torch.float64, generator=self._generator).item()
+            token = draw(scores_V, float(scores_V[token]), self._filters, uniform)
         if self._seen_V is not None:
             self._seen_V[token] = True
         top = self._sampling.logprobs
@@ -94,11 +107,6 @@ class Sampler:
         scores_V = raw_V.copy()
         scores_V[ids] = changed.clip(-_LARGEST, _LARGEST)
         return scores_V
-
-    def _draw(self, scores_V: Floats, generator: torch.Generator) -> int:
-        ids, weights = kept_tokens(scores_V, self._sampling)
-        position = _position(weights, torch.rand((), dtype=torch.float64, generator=generator).item())
-        return position if ids is None else int(ids[position])
 
 
 def _generator(seed: int | None) -> torch.Generator:
@@ -121,7 +129,24 @@ def _require_numbers(raw_V: Floats) -> int:
     return likeliest
 
 
-def kept_tokens(scores_V: Floats, sampling: Sampling) -> tuple[Ids | None, Floats]:
+def draw(scores_V: Floats, largest: float, filters: Filters, uniform: float) -> int:
+    """Draw a token: invert the distribution function, by ascending ids, of what ``kept_tokens`` leaves.
+
+    Args:
+        scores_V: logits after the repetition penalty.
+        largest: of the scores; finite.
+        filters: of the request.
+        uniform: in [0, 1).
+    """
+    kernels = native.kernels()
+    if kernels and kernels.draws:
+        return kernels.draw(torch.from_numpy(scores_V), largest, filters, uniform)
+    ids, weights = kept_tokens(scores_V, largest, filters)
+    position = _position(weights, uniform)
+    return position if ids is None else int(ids[position])
+
+
+def kept_tokens(scores_V: Floats, largest: float, filters: Filters) -> tuple[Ids | None, Floats]:
     """Apply temperature, top-k, top-p and min-p, in this order.
 
     Definitions and order are those of transformers, each filter taking the probabilities that the one before leaves.
@@ -129,25 +154,32 @@ def kept_tokens(scores_V: Floats, sampling: Sampling) -> tuple[Ids | None, Float
     the last it keeps.
 
     Args:
-        scores_V: logits after the repetition penalty, the largest finite.
-        sampling: with a temperature above 0.
+        scores_V: logits after the repetition penalty.
+        largest: of the scores; finite.
+        filters: of the request.
 
     Returns:
         The kept token ids, ascending, or None for all of them; and weights proportional to their probabilities, the
         largest 1.
     """
-    with np.errstate(over="ignore"):
-        scores = (scores_V - scores_V.max()) / max(sampling.temperature, _SMALLEST)
-    ids: Ids | None = None
-    if 0 < sampling.top_k < len(scores):
-        ids = np.flatnonzero(scores >= _largest(scores, sampling.top_k))
+
+    def weigh(scores: Floats) -> Floats:
+        with np.errstate(over="ignore"):
+            scores = scores - largest
+            scores /= filters.temperature
+        weights: Floats = np.exp(scores, out=scores)
+        return weights
+
+    ids, scores = None, scores_V
+    if filters.top_k:
+        ids = np.flatnonzero(scores >= _largest(scores, filters.top_k))
         scores = scores[ids]
-    if sampling.top_p < 1:
-        kept = _nucleus(scores, sampling.top_p)
+    if filters.top_p < 1:
+        kept = _nucleus(scores, weigh, filters.top_p)
         ids, scores = _of(ids, kept), scores[kept]
-    weights: Floats = np.exp(scores)
-    if sampling.min_p > 0:
-        kept = np.flatnonzero(weights >= sampling.min_p)
+    weights = weigh(scores)
+    if filters.min_p > 0:
+        kept = np.flatnonzero(weights >= filters.min_p)
         ids, weights = _of(ids, kept), weights[kept]
     return ids, weights
 
@@ -163,22 +195,26 @@ def _largest(values: Floats, count: int) -> np.float32:
     return value
 
 
-def _nucleus(scores: Floats, p: float) -> Ids:
+def _nucleus(scores: Floats, weigh: Callable[[Floats], Floats], p: float) -> Ids:
     """Return where the fewest likeliest tokens are whose probabilities reach p, ascending.
 
-    Only tokens of at least (1 - p) / V are sorted: the others together have less than 1 - p, so the nucleus is among
-    these. Half of that bound leaves room for rounding.
+    Only likely tokens are sorted. Those below (1 - p) / V together have less than 1 - p, so the nucleus is among the
+    others at the latest; half of that bound leaves room for rounding.
 
     Args:
-        scores: logarithms of weights, the largest 0.
+        scores: the higher, the likelier.
+        weigh: gives weights of scores, 1 of the largest.
         p: in (0, 1).
     """
-    weights = np.exp(scores)
+    weights = weigh(scores)
     total = float(weights.sum(dtype=np.float64))
-    candidates = np.flatnonzero(weights >= 0.5 * (1 - p) * total / len(scores))
-    candidate_scores = scores[candidates]
-    descending = np.sort(candidate_scores)[::-1]
-    reached = np.exp(descending).cumsum(dtype=np.float64)
+    for least in (_LIKELY, 0.5 * total / len(scores)):
+        candidates = np.flatnonzero(weights >= (1 - p) * least)
+        candidate_scores = scores[candidates]
+        descending = np.sort(candidate_scores)[::-1]
+        reached = weigh(descending).cumsum(dtype=np.float64)
+        if reached[-1] >= p * total:
+            break
     # A token is kept while those above it have less than p.
     count = min(len(descending), 1 + int(reached.searchsorted(p * total)))
     last = descending[count - 1]

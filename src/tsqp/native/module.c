@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
+#include <sched.h>
 #include <stdlib.h>
 
 #include "native.h"
@@ -104,6 +105,12 @@ static PyObject *watch_descriptors(PyObject *self, PyObject *arguments)
         if (watched[i].revents && PyList_Append(ready, PyTuple_GetItem(descriptors, i)))
             Py_CLEAR(ready);
     return ready ? Py_BuildValue("(nN)", (Py_ssize_t)fetched, ready) : NULL;
+}
+
+static PyObject *current_core(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    return PyLong_FromLong(sched_getcpu());
 }
 
 static PyObject *quantize(PyObject *self, PyObject *arguments)
@@ -328,6 +335,22 @@ static PyObject *rotate(PyObject *self, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+/* Keeps the interpreter's lock: getting it back could take longer than this does. */
+static PyObject *draw(PyObject *self, PyObject *arguments)
+{
+    address x;
+    Py_ssize_t count, top_k;
+    float largest, scale;
+    double top_p, min_p, uniform;
+    int isa;
+    (void)self;
+    if (!PyArg_ParseTuple(arguments, "Knffndddi", &x, &count, &largest, &scale, &top_k, &top_p, &min_p, &uniform, &isa))
+        return NULL;
+    const struct row row = {ADDRESS(const float *, x), (size_t)count, largest, scale, (size_t)top_k, top_p, min_p, uniform};
+    const int64_t token = draw_token(&row, possible(isa));
+    return token < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(token);
+}
+
 static PyMethodDef methods[] = {
     {"best", best, METH_NOARGS, "Return the number of this processor's best instruction set."},
     {"multiply", multiply, METH_VARARGS, "Multiply words by laid-out codes modulo 2^32."},
@@ -341,6 +364,8 @@ static PyMethodDef methods[] = {
     {"rms_norm", rms_norm, METH_VARARGS, "Add to rows, and scale them to unit root mean square."},
     {"swiglu", swiglu, METH_VARARGS, "Multiply SiLU of the first half of rows by the second."},
     {"rotate", rotate, METH_VARARGS, "Apply rotary embedding to rows of heads."},
+    {"draw", draw, METH_VARARGS, "Draw a token from a row of logits."},
+    {"core", current_core, METH_NOARGS, "Return the number of the core that this thread runs on."},
     {"watch", watch_descriptors, METH_VARARGS, "Wait for descriptors awake; return how much memory was read meanwhile, and those ready."},
     {NULL, NULL, 0, NULL},
 };

@@ -156,6 +156,20 @@ struct rotation {
 };
 void rotate_rows(const struct rotation *rotation, enum isa isa, int threads);
 
+/* Draws a token from one row of logits (sampling.c): what top-k, then top-p, then min-p leave of 2^-(largest - x) scale.
+ * Returns its number, or -1 where there is no memory, or no AVX-512. */
+struct row {
+    const float *x; /* (count); another process may change them meanwhile: still the token is one of them */
+    size_t count;   /* at least 1 */
+    float largest;  /* of x, none of which is NaN; finite */
+    float scale;    /* log2 e / temperature */
+    size_t top_k;   /* below count; 0: all */
+    double top_p;   /* 1: all */
+    double min_p;   /* 0: all */
+    double uniform; /* in [0, 1) */
+};
+int64_t draw_token(const struct row *row, enum isa isa);
+
 /* Polls descriptors until one is ready or time is up, letting whoever wants the core have it; or, with a size, reads so many
  * bytes meanwhile and returns when they are read (wait.c). Returns how many were read. */
 #define MAX_WATCHED 64

@@ -73,7 +73,7 @@ def test_probabilities_equal_transformers(model: Any, seed: int) -> None:
     expected_V = theirs(model, sampling, history, logits_V)
     sampler = Sampler(sampling, history, VOCAB)
     scores_V = logits_V.numpy() if sampler._seen_V is None else sampler._penalised(logits_V.numpy(), sampler._seen_V)
-    ids, weights = kept_tokens(scores_V, sampling)
+    ids, weights = kept_tokens(scores_V, float(scores_V.max()), sampler._filters)
     ids = np.arange(VOCAB) if ids is None else ids
     assert ids.tolist() == expected_V.nonzero().flatten().tolist()
     np.testing.assert_allclose(weights / weights.sum(dtype=np.float64), expected_V[ids].numpy(), rtol=2e-5, atol=1e-30)
@@ -111,7 +111,7 @@ def test_nucleus_equals_sorting_all(scores: list[int], p: float, scale: float) -
     order = np.argsort(-scores_V, kind="stable")
     above = np.concatenate([[0.0], weights[order].cumsum(dtype=np.float64)[:-1]])
     kept = order[(above < p * weights.sum(dtype=np.float64)) | (above == 0)]
-    assert under_test._nucleus(scores_V, p).tolist() == sorted(kept.tolist())
+    assert under_test._nucleus(scores_V, np.exp, p).tolist() == sorted(kept.tolist())
 
 
 def test_nucleus_of_a_large_vocabulary_sorts_little(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_nucleus_of_a_large_vocabulary_sorts_little(monkeypatch: pytest.MonkeyPa
     scores_V -= scores_V.max()
     scores_V[:20] = 0.0
     monkeypatch.setattr(under_test, "np", Spied())
-    kept = under_test._nucleus(scores_V, 0.5)
+    kept = under_test._nucleus(scores_V, np.exp, 0.5)
     assert len(kept)
     assert len(sizes) == 1
     assert sizes[0] < 49152 // 8
