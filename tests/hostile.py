@@ -76,7 +76,7 @@ class Exchange:
 
     peer: HostilePeer
     request: AnyRequest
-    tensors: tuple[Tensor, ...]
+    tensors: Sequence[Tensor]
     reply: Message
 
     @property

@@ -46,6 +46,54 @@ def private_socket_directory() -> Iterator[Path]:
         yield Path(name)
 
 
+def user_socket_directory() -> Path:
+    """Return where sockets of this user's processes have names that others of them know. It need not be there.
+
+    ``tsqp`` in ``$XDG_RUNTIME_DIR`` where that is set and private, else ``tsqp-UID`` in the temporary directory.
+
+    Raises:
+        SetupError: there is no temporary directory, or ``$XDG_RUNTIME_DIR`` belongs to someone else or lets others in.
+    """
+    runtime = _runtime_directory()
+    if runtime:
+        return Path(runtime, "tsqp")
+    try:
+        return Path(tempfile.gettempdir(), f"tsqp-{os.getuid()}")
+    except OSError as error:
+        raise SetupError(f"cannot find a directory for sockets: {error.strerror}. Set XDG_RUNTIME_DIR.") from error
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory that only this user can enter, if it is not there.
+
+    Raises:
+        SetupError: it cannot be made, or as ``check_private`` does.
+    """
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+    except FileExistsError:
+        pass  # and is no directory
+    except OSError as error:
+        raise SetupError(f"cannot make the directory {directory}: {error.strerror}. Set XDG_RUNTIME_DIR.") from error
+    check_private(directory)
+
+
+def check_private(directory: Path) -> None:
+    """Refuse a directory of known name that somebody else made, or could change: what is in it is not to be trusted.
+
+    Raises:
+        SetupError: it is a link or no directory, belongs to someone else, or lets others in.
+    """
+    status = directory.lstat()
+    mode = stat.S_IMODE(status.st_mode)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or mode & _OTHERS:
+        kind = "directory" if stat.S_ISDIR(status.st_mode) else "link or file"
+        raise SetupError(
+            f"{directory} is not private to you ({kind}, owner {status.st_uid}, mode {mode:04o}): expected a directory "
+            f"of owner {os.getuid()}, mode 0700. Remove it, or set XDG_RUNTIME_DIR to a directory of your own."
+        )
+
+
 def _runtime_directory() -> str | None:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if not runtime or not Path(runtime).is_absolute() or not Path(runtime).is_dir():

@@ -26,6 +26,7 @@ from tsqp.enclave.session import Session
 from tsqp.errors import IntegrityError, SetupError, TransportClosedError
 from tsqp.levels import Model, runnable
 from tsqp.transport.base import Buffer, ClientTransport, Delivery, Incoming
+from tsqp.transport.datagrams import MAX_INLINE_BYTES
 from tsqp.transport.server import Server
 from tsqp.transport.shm import ShmClient, ShmListener
 from tsqp.transport.urls import parse
@@ -34,7 +35,7 @@ from tsqp.wire import codec, messages
 LIMIT_BYTES = 1 << 20
 PATIENCE_S = 30.0
 GROUP = "layers.1.down"
-ROWS = 256
+ROWS = 512
 # Long enough that its tensors do not travel in datagrams.
 IDS = torch.arange(128).view(1, 128) * 7 % 101
 
@@ -121,7 +122,7 @@ class Watched:
 
     def send(self, frames: Sequence[Buffer]) -> None:
         self.before(frames)
-        self.long += [frame for frame in frames if len(frame) > 8192]
+        self.long += [frame for frame in frames if len(frame) > MAX_INLINE_BYTES]
         self.link.send(frames)
 
     def receive(self, timeout_s: float) -> Delivery:
@@ -220,8 +221,8 @@ def test_words_are_written_once_into_a_slot_that_is_kept_until_the_reply_is_take
         assert len(link.kept) == 19
         assert all(frame is slot for frame, slot in zip(link.long, link.kept, strict=True))
         enclave.await_consumed(20)
-        assert enclave.inner.allocate(9000) is not None
-        assert enclave.inner._link._spans.used == 9024
+        assert enclave.inner.allocate(18_000) is not None
+        assert enclave.inner._link._spans.used == 18_048
         assert not enclave.inner._link._kept
 
 
@@ -328,8 +329,8 @@ def test_what_is_abandoned_keeps_no_room(material: Material, host: Host) -> None
             enclave.exact.abandon()
         assert torch.equal(enclave.start(3)(), expected(material, 3))
         enclave.await_consumed(8)
-        assert enclave.inner.allocate(9000) is not None
-        assert enclave.inner._link._spans.used == 9024
+        assert enclave.inner.allocate(18_000) is not None
+        assert enclave.inner._link._spans.used == 18_048
 
 
 def test_in_a_named_region_nothing_is_kept(material: Material) -> None:

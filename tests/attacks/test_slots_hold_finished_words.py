@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from attacks.slots import IDS, LIMIT_BYTES, Journal, unchanged, worker
 from attacks.traffic import Plaintext
 from hostile import Material
 from torch import Tensor
@@ -28,16 +28,12 @@ from torch import Tensor
 from tsqp.config import EnclaveConfig
 from tsqp.levels import Model, runnable
 from tsqp.transport import named, region, shm
-from tsqp.transport.base import Buffer, ClientTransport, Delivery
+from tsqp.transport.base import Buffer, ClientTransport
 from tsqp.transport.link import PAGE
-from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec
 
-LIMIT_BYTES = 1 << 20
 PREFILLS = 3
-# Long enough that its tensors do not travel in datagrams.
-IDS = torch.arange(128).view(1, 128) * 7 % 101
 LINE = 64
 
 Lines = npt.NDArray[np.uint32]
@@ -76,45 +72,6 @@ for name, lines in seen.items():
 """
 
 
-class Journal:
-    """A link that keeps every frame as it was when it was sent; ``before`` is called with a message first.
-
-    Args:
-        link: the link it wraps.
-        before: may return other frames to send in place of these.
-    """
-
-    def __init__(self, link: ClientTransport, before: Callable[[ClientTransport, list[Buffer]], list[Buffer]]) -> None:
-        self._link = link
-        self._before = before
-        self.sent: list[bytes] = []
-        self.slots = 0
-        self.peer = link.peer
-
-    def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
-        slot = self._link.allocate(size, kept=kept)
-        self.slots += slot is not None
-        return slot
-
-    def discard(self, slot: memoryview) -> None:
-        self._link.discard(slot)
-
-    def send(self, frames: Sequence[Buffer]) -> None:
-        frames = self._before(self._link, list(frames))
-        self.sent += [bytes(frame) for frame in frames]
-        self._link.send(frames)
-
-    def receive(self, timeout_s: float) -> Delivery:
-        return self._link.receive(timeout_s)
-
-    def close(self) -> None:
-        self._link.close()
-
-
-def unchanged(_link: ClientTransport, frames: list[Buffer]) -> list[Buffer]:
-    return frames
-
-
 class Sampled:
     """What the sampler saw."""
 
@@ -126,27 +83,6 @@ class Sampled:
 @pytest.fixture
 def plaintext(monkeypatch: pytest.MonkeyPatch) -> Plaintext:
     return Plaintext(monkeypatch, (torch.float32,))
-
-
-@contextmanager
-def worker(material: Material, endpoint: Endpoint) -> Iterator[None]:
-    """Serve honestly from a thread."""
-    server, dispatcher, stopping = Server([endpoint], LIMIT_BYTES), material.dispatcher(), threading.Event()
-
-    def serve() -> None:
-        while not stopping.is_set():
-            incoming = server.receive(0.05)
-            if incoming:
-                incoming.reply(dispatcher.answer(incoming.frames))
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
-        server.close()
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,15 @@ def headers_of(journal: Sequence[Sent]) -> list[dict[str, Any]]:
     return [msgspec.msgpack.decode(sent.frames[0]) for sent in journal]
 
 
+def _runs(ids: Sequence[int], length: int) -> list[Sequence[int]]:
+    return [ids[start : start + length] for start in range(len(ids) - length + 1)]
+
+
 def holds_ids(frame: bytes, ids: Sequence[int]) -> bool:
-    """Tell whether three token ids in a row, in any usual width or in MessagePack, lie in a frame."""
-    runs = [ids[start : start + 3] for start in range(len(ids) - 2)]
-    forms = [np.array(run, dtype).tobytes() for run in runs for dtype in ("<i8", "<i4", "<u2")]
-    forms += [b"".join(map(msgspec.msgpack.encode, run)) for run in runs]
+    """Tell whether token ids lie in a frame: three in a row in any usual width, or five in MessagePack.
+
+    Ids are one byte each there, and three given bytes are found by chance in one of some hundred runs of uniform words.
+    """
+    forms = [np.array(run, dtype).tobytes() for run in _runs(ids, 3) for dtype in ("<i8", "<i4", "<u2")]
+    forms += [b"".join(map(msgspec.msgpack.encode, run)) for run in _runs(ids, 5)]
     return any(form in frame for form in forms)

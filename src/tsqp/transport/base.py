@@ -8,7 +8,9 @@ slots, or none free, it gives None, and the caller uses memory of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from msgspec import Struct
 
 from tsqp.transport.spinning import Ahead
 
@@ -23,7 +25,7 @@ def _no_slot(_size: int) -> memoryview | None:
     return None
 
 
-class Delivery(NamedTuple):
+class Delivery(Struct, frozen=True):
     """A message as a client receives it. The header is always a copy of its own.
 
     Attributes:
@@ -44,7 +46,7 @@ class Delivery(NamedTuple):
         return frames
 
 
-class Incoming(NamedTuple):
+class Incoming(Struct, frozen=True):
     """A message as a server receives it.
 
     Attributes:
@@ -56,7 +58,7 @@ class Incoming(NamedTuple):
             once it is given.
     """
 
-    frames: tuple[Buffer, ...]
+    frames: Sequence[Buffer]
     legacy: bool
     reply: Callable[[Sequence[Buffer]], None]
     allocate: Callable[[int], memoryview | None] = _no_slot

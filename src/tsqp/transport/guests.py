@@ -82,7 +82,7 @@ class Guests:
         Args:
             is_ready: tells whether a client has sent something; its errors drop the client.
         """
-        for guest in self:
+        for guest in list(self._guests.values()):
             try:
                 incoming = self._heard(guest, is_ready)
             except BlockingIOError:
@@ -91,8 +91,8 @@ class Guests:
                 self.drop(guest, error)
                 continue
             if incoming:
-                # Last in line next time, so that one busy client does not starve the others.
-                self._guests[guest.key] = self._guests.pop(guest.key)
+                if len(self._guests) > 1:  # last in line next time, so that a busy client does not starve the others
+                    self._guests[guest.key] = self._guests.pop(guest.key)
                 return incoming
         return None
 
@@ -108,9 +108,11 @@ class Guests:
         if not is_ready(guest) or link is None:
             return None
         number, delivery = link.receive()
+        if len(self._guests) == 1:
+            link.leave_core()
         guest.answering += 1
         exchange = _Exchange(self, guest, link, number)
-        return Incoming(tuple(delivery.frames) or (b"",), False, exchange.reply, exchange.allocate)
+        return Incoming(delivery.frames or (b"",), False, exchange.reply, exchange.allocate)
 
     def reply(self, guest: Guest, link: Link, frames: Sequence[Buffer], number: int) -> None:
         """Send a client the reply to its message of a number."""
@@ -141,6 +143,8 @@ class Guests:
 
 class _Exchange:
     """One message and its reply: what ``Incoming`` needs of them."""
+
+    __slots__ = ("_answered", "_guest", "_guests", "_link", "_number", "_slots")
 
     def __init__(self, guests: Guests, guest: Guest, link: Link, number: int) -> None:
         self._guests = guests

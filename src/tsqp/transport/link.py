@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import struct
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -17,23 +16,17 @@ from functools import partial
 from typing import Protocol
 
 from tsqp.errors import InputError, ProtocolError
+from tsqp.transport import datagrams, spinning
 from tsqp.transport.base import Buffer, Delivery
 from tsqp.transport.spans import FullError, Spans, padded
 
 PAGE = mmap.PAGESIZE
-# Frames travel in the datagram itself while they are this short together.
-_INLINE_BYTES = 8192
-_MAX_FRAMES = 1 << 12
 # Nearly every message; one that has fewer short frames and nothing else needs no bookkeeping.
 _FEW = 8
-_INLINE = (1 << 64) - 1
-_COUNT = struct.Struct("<Q")
-_SPAN = struct.Struct("<QQ")
-# Frames in a datagram begin at multiples of this, so that a tensor may be made of one where it lies.
-_ALIGNED = 8
-MAX_DATAGRAM = _COUNT.size + _MAX_FRAMES * (_SPAN.size + _ALIGNED) + _INLINE_BYTES
 # Indices of the counters, as 64-bit words: messages consumed by the client, and by the worker.
 _CLIENT_CONSUMED, _WORKER_CONSUMED = 0, 8
+# Likewise the core on which each sent its last message.
+_CLIENT_CORE, _WORKER_CORE = 96, 104
 
 _barrier = threading.Lock()
 
@@ -50,7 +43,7 @@ class Doorbell(Protocol):
             ProtocolError: the peer breaks the rules.
         """
 
-    def receive(self) -> bytes:
+    def receive(self) -> bytearray:
         """Take the oldest datagram; a copy that the peer cannot change.
 
         Raises:
@@ -124,6 +117,7 @@ class Link:
         self._out, into = (data_at, data_at + self.half) if client else (data_at + self.half, data_at)
         ours, theirs = (_CLIENT_CONSUMED, _WORKER_CONSUMED) if client else (_WORKER_CONSUMED, _CLIENT_CONSUMED)
         self._own_counter, self._peer_counter = ours, theirs
+        self._own_core, self._peer_core = (_CLIENT_CORE, _WORKER_CORE) if client else (_WORKER_CORE, _CLIENT_CORE)
         self._incoming = self._memory[into : into + self.half]
         self._spans = Spans(self.half)
         # Slots that are handed out, by the identity of their memoryview, which is kept so that it stays unique.
@@ -153,7 +147,7 @@ class Link:
         Raises:
             ProtocolError: the peer's counter is wrong.
         """
-        if size <= _INLINE_BYTES or self._unsent:  # what waits for room comes first
+        if size <= datagrams.MAX_INLINE_BYTES or self._unsent:  # what waits for room comes first
             return None
         self._collect()
         try:
@@ -187,8 +181,8 @@ class Link:
             InputError: the message can never fit. Its slots are free, but for those that are kept.
             ProtocolError, OSError, EOFError: as ``flush``.
         """
-        if not self._slots and len(frames) < _FEW and sum(map(len, frames)) <= _INLINE_BYTES:
-            datagram = _inlined(frames)
+        if not self._slots and len(frames) < _FEW and sum(map(len, frames)) <= datagrams.MAX_INLINE_BYTES:
+            datagram = datagrams.whole(frames)
             if not self._unsent and self._sent_at_once(datagram, consumes):
                 return
             self._unsent.append(_Outgoing([], consumes, datagram))
@@ -198,6 +192,7 @@ class Link:
 
     def _sent_at_once(self, datagram: bytes, consumes: int | None) -> bool:
         """Send a message that takes nothing of the region, unless it must wait; tell whether it did not."""
+        self._counters[self._own_core] = spinning.core()
         try:
             self.bell.send(datagram)
         except BlockingIOError:
@@ -215,7 +210,7 @@ class Link:
             InputError: together they can never fit.
         """
         parts: list[_Part] = []
-        inline = _INLINE_BYTES
+        inline = datagrams.MAX_INLINE_BYTES
         for frame in frames:
             part = self._slots.pop(id(frame), None)
             if part is not None:
@@ -227,7 +222,7 @@ class Link:
                 inline -= 0 if part.room else size
             parts.append(part)
         size = sum([padded(part.room) for part in parts])
-        if size > self.half or len(parts) > _MAX_FRAMES:
+        if size > self.half or len(parts) > datagrams.MAX_FRAMES:
             self._free(parts)
             raise InputError(
                 f"a message of {size} bytes does not fit the shared region of {self.half}: shorten the prompt, lower "
@@ -247,6 +242,7 @@ class Link:
             self._collect()
             try:
                 message.datagram = message.datagram or self._written(message)
+                self._counters[self._own_core] = spinning.core()
                 self.bell.send(message.datagram)
             except (FullError, BlockingIOError):
                 return
@@ -296,11 +292,10 @@ class Link:
         for part in copied:
             start = self._out + (part.offset or 0)
             self._memory[start : start + part.room] = part.frame
-        spans = [
-            _SPAN.pack(_INLINE, len(part.frame)) if part.offset is None else _SPAN.pack(part.offset, part.room)
-            for part in message.parts
-        ]
-        return _datagram(spans, [part.frame for part in message.parts if part.offset is None])
+        spans: list[int] = []
+        for part in message.parts:
+            spans += (datagrams.INLINE, len(part.frame)) if part.offset is None else (part.offset, part.room)
+        return datagrams.write(spans, [part.frame for part in message.parts if part.offset is None])
 
     def _place(self, parts: Sequence[_Part]) -> None:
         try:
@@ -329,47 +324,35 @@ class Link:
             ConnectionRefusedError: the worker refused the region.
             ProtocolError: it is malformed.
         """
-        # A tensor may be made of writable memory without another copy.
-        datagram = memoryview(bytearray(self.bell.receive()))
+        datagram = memoryview(self.bell.receive())
         number = self._received
         self._received += 1
         try:
-            frames, shared = self._frames(datagram)
-        except (struct.error, ProtocolError) as error:
+            frames, shared = datagrams.read(datagram, self._incoming)
+        except ProtocolError:
             self.release(number)  # it came, and what is counted must stay what the peer counts
-            if isinstance(error, ProtocolError):
-                raise
-            raise ProtocolError("a datagram beside the shared region is cut short.") from error
-        # What is decoded must not change while it is.
-        header = [bytes(frame) for frame in frames[:1]]
-        return number, Delivery((*header, *frames[1:]), shared=shared, release=partial(self.release, number))
+            raise
+        if frames:
+            frames[0] = bytes(frames[0])  # what is decoded must not change while it is
+        return number, Delivery(frames, shared, partial(self.release, number))
 
-    def _frames(self, datagram: memoryview) -> tuple[list[Buffer], bool]:
-        """Return a message's frames, and whether some lie in the region."""
-        (count,) = _COUNT.unpack_from(datagram)
-        at = _COUNT.size + count * _SPAN.size
-        if count > _MAX_FRAMES or at > len(datagram):
-            raise ProtocolError(f"{count} frames in a datagram of {len(datagram)} bytes; at most {_MAX_FRAMES} fit.")
-        room = self.half  # frames that overlap could otherwise be larger together than the region is
-        frames: list[Buffer] = []
-        for offset, length in _SPAN.iter_unpack(datagram[_COUNT.size : at]):
-            if offset == _INLINE:
-                frame = datagram[at : at + length]
-                at += length + -length % _ALIGNED
-            else:
-                frame = self._incoming[offset : offset + length]
-                room -= length
-            if len(frame) != length or room < 0:
-                raise ProtocolError("a frame beside the shared region lies outside it.")
-            frames.append(frame)
-        return frames, room < self.half
+    def leave_core(self) -> None:
+        """Move this thread to another core if the peer sent from this one: two that take turns should not share it.
+
+        The kernel wakes who waits for a socket on its waker's core, and there the two would wait for each other to
+        spin no longer.
+        """
+        theirs = self._counters[self._peer_core]
+        if theirs and theirs == spinning.core():
+            spinning.step_aside()
 
     def release(self, number: int) -> None:
         """Say that a message received is no longer needed. The peer learns of it once all before it are not either."""
-        if number >= self._consumed:
+        if number > self._consumed:
             self._released.add(number)
-        if self._consumed not in self._released:
+        if number != self._consumed:
             return
+        self._consumed += 1
         while self._consumed in self._released:
             self._released.remove(self._consumed)
             self._consumed += 1
@@ -377,25 +360,12 @@ class Link:
         self._counters[self._own_counter] = self._consumed
 
 
-def _inlined(frames: Sequence[Buffer]) -> bytes:
-    """Return the datagram of a message that travels in it whole."""
-    return _datagram([_SPAN.pack(_INLINE, len(frame)) for frame in frames], frames)
-
-
-def _datagram(spans: Sequence[bytes], inline: Sequence[Buffer]) -> bytes:
-    """Return a datagram: the number of its spans, they, and the frames that travel in it."""
-    pieces: list[Buffer] = [_COUNT.pack(len(spans)), *spans]
-    for frame in inline:
-        pieces += (frame, bytes(-len(frame) % _ALIGNED))
-    return b"".join(pieces)
-
-
 def fence() -> None:
     """Order loads and stores before with those after: the memory models of some processors do not by themselves.
 
     A lock released and taken again does (release, then acquire of one word); the GIL may not be taken in between.
     """
-    with _barrier:
-        pass
-    with _barrier:
-        pass
+    _barrier.acquire()
+    _barrier.release()
+    _barrier.acquire()
+    _barrier.release()

@@ -118,6 +118,8 @@ def read_identity(words: memoryview, at: int) -> Identity:
 class NamedRegion:
     """A region that this process made. Locked while it is open; its name is removed when it closes.
 
+    Those that dead processes of this user's left there are removed first.
+
     Args:
         endpoint: its name.
         max_message_bytes: size of a half.
@@ -130,6 +132,8 @@ class NamedRegion:
         self.path = Path(endpoint.path)
         self.shape = shape_for(max_message_bytes)
         _clear_stale(endpoint)
+        for path, _ in left_regions(self.path.parent):
+            path.unlink(missing_ok=True)
         _check_space(endpoint, self.shape)
         with _listening(endpoint):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -298,6 +302,37 @@ def _clear_stale(endpoint: Endpoint) -> None:
         return
     finally:
         os.close(descriptor)
+
+
+def left_regions(directory: Path) -> Iterator[tuple[Path, int]]:
+    """Yield regions of this user's that a dead process left, with the bytes that they take.
+
+    Its death must be seen: its lock is free, and its process id is of this namespace and gone. A region that is yielded
+    is locked meanwhile, so that no worker can take its name; the caller may remove it.
+    """
+    for path in sorted(directory.iterdir()) if os.access(directory, os.R_OK) else ():
+        try:
+            descriptor = _opened(Endpoint("shm", path=str(path)), "")
+        except SetupError:  # it is none, or not this user's
+            continue
+        try:
+            if _was_left(descriptor, path):
+                yield path, os.fstat(descriptor).st_blocks * 512
+        finally:
+            os.close(descriptor)
+
+
+def _was_left(descriptor: int, path: Path) -> bool:
+    words = memoryview(os.pread(descriptor, PAGE, 0).ljust(PAGE)).cast("Q")
+    if (words[_MAGIC_WORD], words[_LAYOUT_WORD]) != (_MAGIC, _LAYOUT):
+        return False
+    owner = read_identity(words, IDENTITY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = path.stat(follow_symlinks=False).st_ino == os.fstat(descriptor).st_ino
+    except OSError:  # it is locked, cannot be, or has gone
+        return False
+    return same and owner.is_visible and not owner.is_alive
 
 
 def _check_space(endpoint: Endpoint, shape: Shape) -> None:

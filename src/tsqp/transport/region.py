@@ -10,7 +10,8 @@ import socket
 from collections.abc import Callable
 
 from tsqp.errors import ProtocolError
-from tsqp.transport.link import MAX_DATAGRAM, PAGE
+from tsqp.transport.datagrams import MAX_DATAGRAM
+from tsqp.transport.link import PAGE
 from tsqp.transport.spinning import spin
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -31,6 +32,7 @@ class SocketBell:
         self._connection = connection
         self._spin_s = spin_s
         self._watched = (connection.fileno(),)
+        self._received = memoryview(bytearray(MAX_DATAGRAM))
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
 
@@ -38,17 +40,17 @@ class SocketBell:
         """See ``Doorbell.send``."""
         self._connection.send(datagram)
 
-    def receive(self) -> bytes:
+    def receive(self) -> bytearray:
         """See ``Doorbell.receive``."""
         try:
-            datagram = self._connection.recv(MAX_DATAGRAM)
+            size = self._connection.recv_into(self._received)
         except ConnectionResetError:  # told once where the peer left something unread; its last words come after
-            datagram = self._connection.recv(MAX_DATAGRAM)
-        if not datagram:
+            size = self._connection.recv_into(self._received)
+        if not size:
             raise EOFError
-        if datagram == REFUSAL:
+        if size == len(REFUSAL) and self._received[:size] == REFUSAL:
             raise ConnectionRefusedError
-        return datagram
+        return bytearray(self._received[:size])
 
     def wait(self, limit_s: float) -> bool:
         """See ``Doorbell.wait``. The end of the connection counts as a datagram, which ``receive`` then raises."""

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 from tsqp.errors import ProtocolError
 from tsqp.threads import available_cores
-from tsqp.transport.link import MAX_DATAGRAM, fence
+from tsqp.transport.datagrams import MAX_DATAGRAM
+from tsqp.transport.link import fence
 
 RING_BYTES = 1 << 17
 _RECORD = struct.Struct("<QQ")
@@ -71,7 +72,7 @@ class Ring:
         """Tell whether there is something to take, or something wrong."""
         return bool(self._words[self._head] != self._read)
 
-    def take(self) -> bytes:
+    def take(self) -> bytearray:
         """Copy one datagram out.
 
         Raises:
@@ -96,10 +97,10 @@ class Ring:
         self._words[self._tail] = self._read
         return datagram
 
-    def _copied(self, position: int, size: int) -> bytes:
+    def _copied(self, position: int, size: int) -> bytearray:
         at = position % len(self._data)
         first = min(size, len(self._data) - at)
-        return bytes(self._data[at : at + first]) + bytes(self._data[: size - first])
+        return bytearray(self._data[at : at + first]) + self._data[: size - first]
 
 
 class RingBell:
@@ -131,7 +132,7 @@ class RingBell:
         self._check_peer()
         self._outgoing.put(datagram)
 
-    def receive(self) -> bytes:
+    def receive(self) -> bytearray:
         """See ``Doorbell.receive``. What looks wrong may be the next client's, where the peer took the seat back."""
         try:
             return self._incoming.take()

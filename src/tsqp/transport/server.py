@@ -108,8 +108,9 @@ class Server:
                 incoming = listener.take(ready)
                 if incoming:
                     self._spin_s = listener.spin_s
-                    self._listeners.remove(listener)
-                    self._listeners.append(listener)
+                    if len(self._listeners) > 1:
+                        self._listeners.remove(listener)
+                        self._listeners.append(listener)
                     return incoming
             self._spin_s = 0.0
             if left == 0.0:
@@ -128,15 +129,20 @@ class Server:
 
     def _spin(self, limit_s: float) -> dict[object, int]:
         """Poll without sleeping, but let whoever wants the core have it; return what is ready."""
-        if not limit_s:
-            return {}
-        watched = tuple([each for each, _ in self._poller.sockets if isinstance(each, int)])
-        if len(watched) == len(self._poller.sockets):  # sockets of ZeroMQ are none of the system's
-            return dict.fromkeys(spin(watched, limit_s, self.ahead), zmq.POLLIN)
         end = time.perf_counter() + limit_s
-        while not (ready := dict(self._poller.poll(0))) and time.perf_counter() < end:
-            os.sched_yield()
-        return ready
+        left = limit_s
+        while left > 0:
+            sockets = [each for each, _ in self._poller.sockets if not isinstance(each, int)]
+            # The descriptor of a socket of ZeroMQ tells of news once; those that came before are found by its own poll.
+            ready = dict(self._poller.poll(0)) if sockets else {}
+            if ready:
+                return ready
+            plain = [each for each, _ in self._poller.sockets if isinstance(each, int)]
+            found = spin((*plain, *[each.FD for each in sockets]), left, self.ahead)
+            if found and (not sockets or all(each in plain for each in found)):
+                return dict.fromkeys(found, zmq.POLLIN)
+            left = end - time.perf_counter()
+        return {}
 
     def close(self) -> None:
         """Close every link at once. May be called twice."""

@@ -94,6 +94,8 @@ class ShmClient:
                 ready = self._link.bell.wait(min(left, RETRY_S) if self._link.has_unsent else left)
                 self._link.flush()
                 if ready:
+                    if len(_clients) == 1:
+                        self._link.leave_core()
                     return self._link.receive()[1]
             except _LINK_ERRORS as error:
                 raise self._named(error) from error
@@ -150,13 +152,13 @@ def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
 
 
 def _client_spin_s() -> float:
-    """Return how long a client spins for a reply: the time of a product of a short prefill.
+    """Return how long a client spins for a reply: the time of a product of a few rows.
 
-    A core that goes to sleep in a virtual machine takes 0.05 ms and more to wake: for the reply, and for the second
-    thread of the product in between, which needs the same core. On a single core it would only delay the worker, and
-    beside other links of this process their threads, which hold the interpreter's lock in turn.
+    A core that goes to sleep in a virtual machine takes 0.05 ms and more to wake. A longer product would have to wait
+    for the core of its second thread. On a single core spinning would only delay the worker, and beside other links of
+    this process their threads, which hold the interpreter's lock in turn.
     """
-    return 0.002 if _CORES > 1 and len(_clients) == 1 else 0.0
+    return 0.0003 if _CORES > 1 and len(_clients) == 1 else 0.0
 
 
 class ShmListener:
@@ -206,7 +208,8 @@ class ShmListener:
 
     def take(self, ready: Container[object]) -> Incoming | None:
         """Accept, send what waits, and return a message of one of the ready connections."""
-        self._accept(ready)
+        if self._accept_after or self._socket.fileno() in ready:
+            self._accept(ready)
         return self._guests.take(lambda guest: self._is_ready(guest, ready))
 
     def _accept(self, ready: Container[object]) -> None:

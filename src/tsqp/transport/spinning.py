@@ -48,6 +48,19 @@ def spin(descriptors: tuple[int, ...], limit_s: float, ahead: Ahead | None = Non
             return ready
 
 
+def core() -> int:
+    """Return which core this thread runs on, counted from 1; 0 if that is not known."""
+    return extension.module.core() + 1 if extension.module else 0
+
+
+def step_aside() -> None:
+    """Move this thread to another core, if it may run on one."""
+    cores = os.sched_getaffinity(0)
+    if others := cores - {core() - 1}:
+        os.sched_setaffinity(0, others)
+        os.sched_setaffinity(0, cores)
+
+
 def _spin_in_python(descriptors: tuple[int, ...], limit_s: float) -> list[int]:
     poll = select.poll()
     for descriptor in descriptors:

@@ -30,6 +30,11 @@ _OTHER_MECHANISM = (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.PROTOCOL_ERROR_ZMTP
 # messages counts it.
 _CURVE_BYTES = 33
 _PROBE_S = 1.0
+# ZMTP's greeting (ZeroMQ RFC 23): a signature, the version, and then the mechanism, which who is greeted answers with.
+_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
+_MECHANISM = slice(12, 32)
+_GREETING_BYTES = 32
+_CURVE = b"CURVE"
 # What a UNIX socket may hold unread: the largest tensors of a 128-token prefill whole. The kernel caps it at
 # net.core.wmem_max; at its default of 208 KB, both ends wake each other a dozen times per tensor.
 _IPC_BUFFER_BYTES = 4 << 20
@@ -68,7 +73,7 @@ class ZmqClient:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._was_connected = False
+        self._is_connected = False
         try:
             self._socket.connect(endpoint.url)
         except zmq.ZMQError as error:
@@ -104,8 +109,9 @@ class ZmqClient:
         if event == zmq.EVENT_CONNECTED:
             _deepen(message["value"])
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._was_connected = True
-        elif self._was_connected and event == zmq.EVENT_DISCONNECTED and not self._socket.poll(0):
+            self._is_connected = True
+        elif self._is_connected and event == zmq.EVENT_DISCONNECTED and not self._socket.poll(0):
+            self._is_connected = False  # a peer that comes back and fails to shake hands disconnects once more
             raise TransportClosedError(f"the peer at {self.peer} closed the connection or died.")
         elif event & _REFUSALS:
             self._refused(event, message["value"])
@@ -114,15 +120,17 @@ class ZmqClient:
         """Say why a handshake failed, where that is known. Otherwise libzmq tries again.
 
         A peer that speaks ZMTP and merely closes has no other way to refuse a key that is not its own. One that closes
-        without a word is a tunnel or a proxy to a worker that is not there yet.
+        without a word is a tunnel or a proxy to a worker that is not there yet. One that wants a key may close before
+        its greeting is read here, and again each time on a busy machine, so it is asked.
         """
+        in_doubt = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         if self._server_key is None:
-            if (event, reason) == _OTHER_MECHANISM:
+            if (event, reason) == _OTHER_MECHANISM or (in_doubt and _mechanism(self._endpoint) == _CURVE):
                 raise ConfigError(
                     f"the peer at {self.peer} wants an encrypted link: "
                     "give its public key (--worker-key or --dealer-key)."
                 )
-        elif event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or _speaks_zmtp(self._endpoint):
+        elif not in_doubt or _mechanism(self._endpoint):
             raise PeerKeyError(
                 f"the peer at {self.peer} does not hold the key that was given, or speaks without encryption: check "
                 "--worker-key or --dealer-key. Nothing was sent to it."
@@ -219,16 +227,18 @@ def _deepen(descriptor: int) -> None:
         return
 
 
-def _speaks_zmtp(endpoint: Endpoint) -> bool:
-    """Tell whether whoever listens there greets a new connection as ZMTP does."""
+def _mechanism(endpoint: Endpoint) -> bytes:
+    """Ask who listens there how it wants links secured, as ZMTP greets (RFC 23); nothing if it does not speak ZMTP."""
     family = unix.AF_UNIX if endpoint.path else unix.AF_INET6 if ":" in endpoint.host else unix.AF_INET
     try:
         with unix.socket(family) as probe:
             probe.settimeout(_PROBE_S)
             probe.connect(endpoint.path or (endpoint.ip, endpoint.port))
-            return probe.recv(1) == b"\xff"
+            probe.sendall(_GREETING)
+            theirs = probe.recv(_GREETING_BYTES, unix.MSG_WAITALL)
     except OSError:
-        return False
+        return b""
+    return theirs[_MECHANISM].rstrip(b"\0") if theirs[:1] == _GREETING[:1] else b""
 
 
 def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
+import numpy as np
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from tsqp.errors import ProtocolError
@@ -35,6 +37,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "int32": torch.int32,
     "int8": torch.int8,
 }
+# How NumPy, which makes a tensor of a buffer in one step, names them. It does not know bfloat16.
+_NUMPY_DTYPES = {name: np.dtype("int16" if name == "bfloat16" else name) for name in TORCH_DTYPES}
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 _DECODING_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -82,11 +86,11 @@ class Claim:
         return f"Claim({self.source}, shape={tuple(self._tensor.shape)}, values not shown)"
 
 
-class RequestFrames(NamedTuple):
+class RequestFrames(Struct, frozen=True):
     """A decoded request and the tensor frames beside it, already checked against their specs."""
 
     header: AnyRequest
-    tensors: tuple[Tensor, ...]
+    tensors: list[Tensor]
 
 
 def printable(text: str) -> str:
@@ -116,7 +120,15 @@ def frame_of(tensor: Tensor) -> memoryview:
     """Return a contiguous CPU tensor's bytes without copying them. The tensor must not change until it is sent."""
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:  # which NumPy does not know
+        tensor = tensor.view(torch.int16)
+    return tensor.numpy().data.cast("B")
+
+
+def size_of(spec: TensorSpec) -> int:
+    """Return how many bytes a tensor's frame has."""
+    return math.prod(spec.shape) * _NUMPY_DTYPES[spec.dtype].itemsize
 
 
 def tensor_of(spec: TensorSpec, frame: Buffer, source: str = "request") -> Tensor:
@@ -130,7 +142,7 @@ def tensor_of(spec: TensorSpec, frame: Buffer, source: str = "request") -> Tenso
     Raises:
         ProtocolError: the frame's size is not what the spec says.
     """
-    dtype = TORCH_DTYPES[spec.dtype]
+    dtype = _NUMPY_DTYPES[spec.dtype]
     size = math.prod(spec.shape) * dtype.itemsize
     if size != len(frame):
         raise ProtocolError(
@@ -140,11 +152,20 @@ def tensor_of(spec: TensorSpec, frame: Buffer, source: str = "request") -> Tenso
         # Strides of an empty tensor can overflow all the same: 0 by 2^31 by 2^31 by 2^31.
         if math.prod(filter(None, spec.shape)) > _MAX_ELEMENTS:
             raise ProtocolError(f"{source}: an empty tensor of shape {list(spec.shape)} is too large to have strides.")
-        return torch.empty(spec.shape, dtype=dtype)
+        return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
     # Frames received are writable: libzmq's memory, a shared region, or our own.
     if isinstance(frame, bytes) or (isinstance(frame, memoryview) and frame.readonly):
         frame = bytearray(frame)
-    return torch.frombuffer(frame, dtype=dtype).view(spec.shape)
+    tensor = torch.from_numpy(np.ndarray(spec.shape, dtype, frame))
+    return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
+
+
+def empty(spec: TensorSpec) -> tuple[Tensor, memoryview]:
+    """Return a new tensor, not initialised, and its bytes as a frame: NumPy makes both faster than PyTorch one."""
+    array = np.empty(spec.shape, _NUMPY_DTYPES[spec.dtype])
+    tensor = torch.from_numpy(array)
+    frame = array.data.cast("B") if array.size else memoryview(b"")
+    return (tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor), frame
 
 
 def decode_request(frames: Sequence[Buffer]) -> RequestFrames:
@@ -172,7 +193,7 @@ def decode_request(frames: Sequence[Buffer]) -> RequestFrames:
         raise ProtocolError(
             f"request {type(header).__name__} needs {len(specs)} tensor frames, {len(frames) - 1} came."
         )
-    return RequestFrames(header, tuple(map(tensor_of, specs, frames[1:])))
+    return RequestFrames(header, [tensor_of(spec, frame) for spec, frame in zip(specs, frames[1:], strict=True)])
 
 
 def decode_reply(frames: Sequence[Buffer]) -> tuple[AnyReply, Sequence[Buffer]]:

@@ -1,7 +1,7 @@
 """Activations in eight bits and one scale per token, for links of the level `open` that are slow.
 
 A row of K numbers travels as K + 4 bytes: int8 codes, then the scale as float32, little-endian. It loses more than the
-float dtypes do (docs/performance.md has the errors).
+float dtypes do (docs/tuning.md has the errors, docs/protocol.md the format).
 
 Shapes: M rows, K columns, P = K + 4 bytes of a row.
 """

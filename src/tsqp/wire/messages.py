@@ -153,13 +153,15 @@ class Welcome(Reply, frozen=True, tag="welcome"):
 class Result(Reply, frozen=True, tag="result"):
     """One tensor frame follows.
 
-    ``compute_ns`` is the worker's own account of its time and ``started_ns`` of when it began, by a clock of its own;
-    0 if it does not say. Both are for display only.
+    ``compute_ns`` is the worker's own account of its time and ``started_ns`` of when it began, by a clock of its own; 0
+    if it does not say. ``copy_ns`` is the part of its time in which tensors went to its device and back, over PCIe. All
+    are for display only.
     """
 
     y: TensorSpec
     compute_ns: Annotated[int, Meta(ge=0, lt=1 << 62)]
     started_ns: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
+    copy_ns: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
 
 
 class StateResult(Reply, frozen=True, tag="state"):

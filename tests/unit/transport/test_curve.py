@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -285,6 +286,37 @@ def test_a_tunnel_to_nowhere_is_not_taken_for_a_wrong_key(key: KeyPair, connect:
         with pytest.raises(TransportTimeoutError, match="did not answer"):
             client.receive(SEVERAL_TRIES_S)
         client.close()
+
+
+@contextlib.contextmanager
+def hasty_worker() -> Iterator[Endpoint]:
+    """Want a key, and close before a client's library can read that, but answer who asks how links are secured."""
+
+    def meet(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.settimeout(0.2)  # a library sends a signature of 10 bytes and waits for ours
+                    with contextlib.suppress(TimeoutError):
+                        connection.recv(12, socket.MSG_WAITALL)
+                        connection.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(52, b"\0"))
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=meet, args=(listener,), daemon=True)
+        thread.start()
+        yield parse(f"127.0.0.1:{listener.getsockname()[1]}")
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_a_worker_that_closes_at_once_is_asked_whether_it_wants_a_key(connect: Connect) -> None:
+    with hasty_worker() as endpoint:
+        client = connect(endpoint)
+        client.send([PATTERN])
+        with pytest.raises(ConfigError, match="wants an encrypted link"):
+            client.receive(PATIENCE_S)
 
 
 def test_a_worker_that_comes_back_with_another_key_is_refused(

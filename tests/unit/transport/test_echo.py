@@ -1,15 +1,19 @@
-"""The echo that benchmarks of the transports use, over every kind of endpoint, both ways."""
+"""The echo that benchmarks of the transports use, over every kind of endpoint, all ways."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
-from tsqp.bench.echo import echo_client, round_trip, serving
+from tsqp.bench.echo import EchoClient, Way, echo_client, round_trip, serving
 from tsqp.errors import InputError, SetupError
+from tsqp.transport.base import Buffer, Delivery
 
 
 @pytest.mark.parametrize("kind", ["tcp", "ipc", "shm", "named"])
@@ -20,11 +24,44 @@ def test_echoes_come_back(kind: str, tmp_path: Path) -> None:
     named = f"shm:///dev/shm/tsqp-test-{os.getpid()}-echo"
     url = {"tcp": tcp, "named": named}.get(kind, f"{kind}://{tmp_path}/echo")
     with serving(url):
-        for in_place in (False, True):
+        for way in get_args(Way):
             for size in (4, 4096, 1 << 20):
-                assert 0 < round_trip(url, size, in_place, repeats=3) < 10
+                assert 0 < round_trip(url, size, way, repeats=3) < 10
         with echo_client(url) as client, pytest.raises(InputError, match="an echo of 3 bytes: at least 4"):
-            client.seconds(3, in_place=True)
+            client.seconds(3, "in place")
+
+
+class Mirror:
+    """A link to a peer that returns the words as they came, or one of them changed."""
+
+    peer = "mirror"
+
+    def __init__(self, change: float) -> None:
+        self.change = change
+        self.sent: bytes = b""
+
+    def allocate(self, size: int, *, kept: bool = False) -> None:
+        pass
+
+    def discard(self, slot: memoryview) -> None:
+        pass
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        self.sent = bytes(frames[1])
+
+    def receive(self, timeout_s: float) -> Delivery:  # noqa: ARG002
+        words = torch.frombuffer(bytearray(self.sent), dtype=torch.float32) + 1
+        words[5] += self.change
+        return Delivery([b"used", words.numpy().tobytes()])
+
+    def close(self) -> None:
+        pass
+
+
+def test_every_word_of_an_answer_counts() -> None:
+    assert EchoClient(Mirror(0.0)).seconds(4096, "used") > 0
+    with pytest.raises(InputError, match="got 4096 bytes of other numbers"):
+        EchoClient(Mirror(1.0)).seconds(4096, "used")
 
 
 def test_a_server_that_does_not_start_is_said(capfd: pytest.CaptureFixture[str]) -> None:

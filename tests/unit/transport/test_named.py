@@ -17,7 +17,14 @@ from typing import Any
 
 import pytest
 
-from tsqp.errors import AbsentPeerError, ConfigError, ProtocolError, SetupError, TransportClosedError
+from tsqp.errors import (
+    AbsentPeerError,
+    ConfigError,
+    ProtocolError,
+    SetupError,
+    TransportClosedError,
+    TransportTimeoutError,
+)
 from tsqp.transport import liveness, named, polled
 from tsqp.transport.base import Incoming
 from tsqp.transport.client import open_client
@@ -165,12 +172,12 @@ def test_a_seat_is_not_given_away_while_its_last_request_is_computed(server: Ser
     client = connect()
     client.send([b"question"])
     incoming = receive(server)
-    slot = incoming.allocate(10_000)
+    slot = incoming.allocate(20_000)
     assert slot is not None
     client.close()
     for _ in range(3):
         assert server.receive(0) is None
-    assert incoming.allocate(10_000) is None
+    assert incoming.allocate(20_000) is None
     assert region_of(server).seats[0].words[named.GRANT]
     incoming.reply([b"header", slot])
     assert server.receive(0) is None
@@ -238,6 +245,25 @@ def test_a_worker_that_crashes_is_noticed(endpoint: Endpoint, connect: Connect) 
             client.send([b"again"])
         with pytest.raises(AbsentPeerError, match=r"the worker there has ended\. Start it again"):
             open_client(endpoint, LIMIT_BYTES)
+
+
+def test_a_worker_of_another_namespace_that_crashes_is_noticed(
+    endpoint: Endpoint, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its heartbeat alone: its process id means nothing here."""
+    silence_s = 2.0
+    monkeypatch.setattr(liveness, "SILENCE_S", silence_s)
+    with running(f"server = Server([endpoint], {LIMIT_BYTES})", endpoint) as process:
+        with Path(endpoint.path).open("r+b") as file:
+            file.seek(8 * (named.IDENTITY + 2))
+            file.write((own_identity().namespace + 1).to_bytes(8, "little"))
+        client = connect()
+        client.send([b"question"])
+        with pytest.raises(TransportTimeoutError):  # it answers nothing, but its heart beats
+            client.receive(2 * silence_s)
+        killed(process)
+        with pytest.raises(TransportClosedError, match=f"{endpoint} closed the connection or died"):
+            client.receive(PATIENCE_S)
 
 
 def test_the_region_of_a_dead_worker_is_replaced(endpoint: Endpoint, connect: Connect) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsqp.errors import ProtocolError
-from tsqp.transport.link import MAX_DATAGRAM
+from tsqp.transport.datagrams import MAX_DATAGRAM
 from tsqp.transport.rings import RING_BYTES, Ring, RingBell, pause_after
 
 HEAD, TAIL = 0, 8

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import zmq
 
+from tsqp.arith import extension
 from tsqp.enclave.session import MAX_IN_FLIGHT
 from tsqp.errors import SetupError, TransportClosedError, TransportTimeoutError
-from tsqp.transport.base import ClientTransport, Incoming
+from tsqp.transport.base import Buffer, ClientTransport, Incoming
 from tsqp.transport.client import open_client
 from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
@@ -102,6 +105,20 @@ def receive(server: Server) -> Incoming:
     return incoming
 
 
+class Memory:
+    """Something to read ahead that never ends."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.zeros(1 << 16)
+        self.read = 0
+
+    def span(self) -> tuple[int, int]:
+        return self.tensor.data_ptr(), self.tensor.nbytes
+
+    def fetched(self, size: int) -> None:
+        self.read += size
+
+
 def exchange(client: ClientTransport, server: Server) -> None:
     """Prove that the link works both ways."""
     client.send([b"ping"])
@@ -124,6 +141,43 @@ def test_large_tensors_cross_both_ways(endpoint: Endpoint, serve: Serve, connect
     assert torch.equal(codec.tensor_of(codec.spec_of(x), frame), -x)
 
 
+def address_of(frame: Buffer) -> int:
+    return int(np.frombuffer(frame, np.uint8).ctypes.data)
+
+
+def test_zeromq_copies_no_large_tensor(
+    zeromq: Endpoint, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent is the tensor's own memory, and what comes is libzmq's."""
+    sent: list[tuple[bool, int]] = []
+    send = zmq.Socket.send_multipart
+
+    def noted(self: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0, copy: bool = True) -> object:  # noqa: FBT001, FBT002
+        sent.append((copy, address_of(frames[-1])))
+        return send(self, frames, flags, copy)
+
+    monkeypatch.setattr(zmq.Socket, "send_multipart", noted)
+    server, client = serve(zeromq), connect(zeromq)
+    x = torch.arange(1 << 18, dtype=torch.float32)
+    client.send([b"header", codec.frame_of(x)])
+    incoming = receive(server)
+    incoming.reply([b"reply", codec.frame_of(x)])
+    assert sent == [(False, x.data_ptr())] * 2
+    for frame in (incoming.frames[1], client.receive(PATIENCE_S).private()[1]):
+        assert isinstance(memoryview(frame).obj, zmq.Frame)
+        assert codec.tensor_of(codec.spec_of(x), frame).data_ptr() == address_of(frame)
+
+
+def test_a_message_that_waits_for_its_server_has_not_been_copied(
+    zeromq: Endpoint, serve: Serve, connect: Connect
+) -> None:
+    client = connect(zeromq)
+    x = torch.zeros(1 << 18)
+    client.send([b"header", codec.frame_of(x)])
+    x.fill_(7)
+    assert torch.equal(codec.tensor_of(codec.spec_of(x), receive(serve(zeromq)).frames[1]), x)
+
+
 def test_replies_go_to_the_client_that_asked(endpoint: Endpoint, serve: Serve, connect: Connect) -> None:
     server, clients = serve(endpoint), [connect(endpoint) for _ in range(3)]
     for index, client in enumerate(clients):
@@ -140,6 +194,29 @@ def test_one_server_listens_on_several_addresses(serve: Serve, connect: Connect,
     server = serve(*endpoints)
     for endpoint in endpoints:
         exchange(connect(endpoint), server)
+
+
+@pytest.mark.parametrize("second", ["tcp", "ipc"])
+def test_a_server_that_spins_reads_ahead_and_hears_every_address(
+    serve: Serve, connect: Connect, tmp_path: Path, second: str
+) -> None:
+    shm, other = parse(f"shm://{tmp_path}/shm"), at_path("ipc", tmp_path)
+    other = parse(f"localhost:{free_port()}") if second == "tcp" else other
+    server, ahead = serve(shm, other), Memory()
+    server.ahead = ahead
+    clients = [connect(shm), connect(other)]
+    for client in clients:
+        exchange(client, server)
+    server._listeners[0].spin_s = server._listeners[1].spin_s = PATIENCE_S
+    for client in (*clients, *clients):
+        exchange(clients[0], server)  # after it the server spins
+        read = ahead.read
+        later = threading.Timer(SHORT_S, client.send, ([b"ping"],))
+        later.start()
+        receive(server).reply([b"pong"])
+        later.join()
+        assert ahead.read > read or extension.module is None
+        client.receive(PATIENCE_S).release()
 
 
 def test_ipv6(serve: Serve, connect: Connect) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tsqp.errors import AbsentPeerError, InputError, ProtocolError, SetupError, TransportClosedError
-from tsqp.transport import guests, region, shm
+from tsqp.transport import guests, region, shm, spinning
 from tsqp.transport.base import Incoming
 from tsqp.transport.server import Server
 from tsqp.transport.shm import ShmClient, connect_socket
@@ -67,7 +67,7 @@ def exchange(client: ShmClient, server: Server) -> None:
 
 
 def test_the_worker_reads_a_long_frame_where_the_client_wrote_it(client: ShmClient, server: Server) -> None:
-    client.send([b"header", bytes(10_000)])
+    client.send([b"header", bytes(20_000)])
     frame = receive(server).frames[1]
     client._link._memory[mmap.PAGESIZE : mmap.PAGESIZE + 5] = b"later"
     assert bytes(frame[:5]) == b"later"
@@ -77,7 +77,7 @@ def test_the_enclave_reads_a_long_frame_where_the_worker_wrote_it_until_it_copie
     client: ShmClient, server: Server
 ) -> None:
     client.send([b"question"])
-    receive(server).reply([b"header", bytes(10_000)])
+    receive(server).reply([b"header", bytes(20_000)])
     delivery = client.receive(PATIENCE_S)
     half = mmap.PAGESIZE + LIMIT_BYTES
     client._link._memory[half : half + 5] = b"later"
@@ -88,27 +88,27 @@ def test_the_enclave_reads_a_long_frame_where_the_worker_wrote_it_until_it_copie
 
 
 def test_a_header_is_a_copy_on_both_sides(client: ShmClient, server: Server) -> None:
-    client.send([bytes(10_000)])
+    client.send([bytes(20_000)])
     incoming = receive(server)
     client._link._memory[mmap.PAGESIZE : mmap.PAGESIZE + 5] = b"later"
-    assert bytes(incoming.frames[0]) == bytes(10_000)
-    incoming.reply([bytes(10_000)])
+    assert bytes(incoming.frames[0]) == bytes(20_000)
+    incoming.reply([bytes(20_000)])
     delivery = client.receive(PATIENCE_S)
     half = mmap.PAGESIZE + LIMIT_BYTES
     client._link._memory[half : half + 5] = b"later"
-    assert bytes(delivery.frames[0]) == bytes(10_000)
+    assert bytes(delivery.frames[0]) == bytes(20_000)
 
 
 def test_a_slot_is_sent_without_a_copy_both_ways(client: ShmClient, server: Server) -> None:
-    slot = client.allocate(9000)
+    slot = client.allocate(18_000)
     assert slot is not None
     assert not slot.readonly
-    slot[:] = b"x" * 9000
+    slot[:] = b"x" * 18_000
     client.send([b"header", slot])
     incoming = receive(server)
     slot[:5] = b"later"  # to prove that it is the same memory; nobody may do so
     assert bytes(incoming.frames[1][:5]) == b"later"
-    answer = incoming.allocate(10_000)
+    answer = incoming.allocate(20_000)
     assert answer is not None
     incoming.reply([b"header", answer])
     answer[:5] = b"later"
@@ -135,17 +135,17 @@ def test_slots_may_be_sent_in_any_order_and_given_back(client: ShmClient, server
 
 
 def test_a_slot_sent_twice_is_copied(client: ShmClient, server: Server) -> None:
-    slot = client.allocate(9000)
+    slot = client.allocate(18_000)
     assert slot is not None
-    slot[:] = b"x" * 9000
+    slot[:] = b"x" * 18_000
     client.send([b"first", slot])
     client.send([b"again", slot, slot])
     client.discard(slot)
     assert [len(receive(server).frames) for _ in range(2)] == [2, 3]
-    assert client._link._spans.used == 3 * 9024
+    assert client._link._spans.used == 3 * 18_048
 
 
-def kept_slot(client: ShmClient, size: int = 9000) -> memoryview:
+def kept_slot(client: ShmClient, size: int = 18_000) -> memoryview:
     slot = client.allocate(size, kept=True)
     assert slot is not None
     slot[:] = b"k" * size
@@ -161,9 +161,9 @@ def test_a_slot_that_is_kept_is_not_written_again_before_it_is_given_up(client: 
     slot = kept_slot(client)
     client.send([b"header", slot])
     answered(client, server)
-    client.send([b"more", bytes(9000)])
+    client.send([b"more", bytes(18_000)])
     answered(client, server)
-    assert bytes(slot) == b"k" * 9000
+    assert bytes(slot) == b"k" * 18_000
     client.discard(slot)
     client.discard(slot)
     assert client.allocate(LIMIT_BYTES) is not None
@@ -173,11 +173,11 @@ def test_a_slot_given_up_early_is_the_workers_until_it_has_answered(client: ShmC
     slot = kept_slot(client)
     client.send([b"header", slot])
     client.discard(slot)
-    client.send([b"more", bytes(9000)])
-    assert bytes(receive(server).frames[1]) == b"k" * 9000
+    client.send([b"more", bytes(18_000)])
+    assert bytes(receive(server).frames[1]) == b"k" * 18_000
     assert client.allocate(LIMIT_BYTES) is None
     client.discard(kept_slot(client))
-    assert client._link._spans.used == 2 * 9024
+    assert client._link._spans.used == 2 * 18_048
 
 
 def test_a_slot_that_is_kept_stands_after_the_end_of_its_link(
@@ -193,7 +193,7 @@ def test_a_slot_that_is_kept_stands_after_the_end_of_its_link(
     other = Server([endpoint], LIMIT_BYTES)
     again = connect_socket(endpoint, LIMIT_BYTES)
     again.send([b"header", slot])
-    assert bytes(receive(other).frames[1]) == bytes(slot) == b"k" * 9000
+    assert bytes(receive(other).frames[1]) == bytes(slot) == b"k" * 18_000
     again.close()
     other.close()
 
@@ -239,7 +239,7 @@ def test_a_malformed_message_is_counted(client: ShmClient, server: Server, datag
 def test_a_slot_that_blocks_a_message_in_front_of_it_gives_way(client: ShmClient, server: Server) -> None:
     """A message waits for room that the slot of the message after it takes: nobody else would move it."""
     for size in (40_000, 20_000):
-        first, slot = client.allocate(12_000), client.allocate(size)
+        first, slot = client.allocate(20_000), client.allocate(size)
         assert first is not None
         assert slot is not None
         slot[:] = b"s" * size
@@ -286,7 +286,7 @@ def test_a_client_that_is_gone_gets_no_slot(client: ShmClient, server: Server) -
     incoming = receive(server)
     client.close()
     assert server.receive(0) is None
-    assert incoming.allocate(10_000) is None
+    assert incoming.allocate(20_000) is None
     incoming.reply([b"nobody hears"])
 
 
@@ -294,7 +294,7 @@ def test_while_a_message_waits_for_room_there_are_no_slots(client: ShmClient) ->
     client.send([b"header", bytes(40_000)])
     client.send([b"header", bytes(40_000)])
     assert client._link.has_unsent
-    assert client.allocate(10_000) is None
+    assert client.allocate(20_000) is None
 
 
 def test_a_short_frame_travels_in_the_datagram_and_needs_no_slot(client: ShmClient) -> None:
@@ -302,11 +302,40 @@ def test_a_short_frame_travels_in_the_datagram_and_needs_no_slot(client: ShmClie
     assert client.allocate(0) is None
 
 
+def test_who_finds_its_peer_on_its_core_leaves_it(
+    client: ShmClient, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[str] = []
+    monkeypatch.setattr(spinning, "core", lambda: 3)
+    monkeypatch.setattr(spinning, "step_aside", lambda: left.append("worker"))
+    client.send([b"hello"])
+    request = receive(server)
+    assert left == ["worker"]
+    monkeypatch.setattr(spinning, "step_aside", lambda: left.append("client"))
+    request.reply([b"hello"])
+    client.receive(1.0)
+    assert left == ["worker", "client"]
+    client.send([b"hello"])
+    monkeypatch.setattr(spinning, "core", lambda: 4)
+    receive(server).reply([b"hello"])
+    monkeypatch.setattr(spinning, "core", lambda: 5)
+    client.receive(1.0)
+    assert left == ["worker", "client"], "the peer was elsewhere"
+
+
+def test_where_cores_are_not_known_nobody_leaves(
+    client: ShmClient, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spinning, "core", lambda: 0)
+    monkeypatch.setattr(spinning, "step_aside", lambda: pytest.fail("left a core that nobody knows"))
+    exchange(client, server)
+
+
 @pytest.mark.usefixtures("server")
 def test_no_name_is_left_in_dev_shm(endpoint: Endpoint) -> None:
     before = set(DEV_SHM.iterdir())
     client = connect_socket(endpoint, LIMIT_BYTES)
-    client.send([bytes(10_000)])
+    client.send([bytes(20_000)])
     assert set(DEV_SHM.iterdir()) == before
     client.close()
 

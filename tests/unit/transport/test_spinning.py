@@ -86,3 +86,23 @@ def test_more_descriptors_than_the_extension_takes_are_polled_all_the_same(pipe:
     assert spinning.spin(tuple(others), 60.0) == others
     for each in others:
         os.close(each)
+
+
+@needs_extension
+def test_who_steps_aside_leaves_its_core_and_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed, core = os.sched_getaffinity(0), spinning.core() - 1
+    asked: list[set[int]] = []
+    monkeypatch.setattr(spinning, "core", lambda: core + 1)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _thread, cores: asked.append(set(cores)))
+    spinning.step_aside()
+    assert asked == ([allowed - {core}, allowed] if len(allowed) > 1 else [])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _thread: {core})
+    del asked[:]
+    spinning.step_aside()
+    assert not asked, "there is nowhere to go"
+
+
+@pytest.mark.usefixtures("_way")
+def test_cores_are_counted_from_one_and_unknown_without_the_extension() -> None:
+    cores = {each + 1 for each in os.sched_getaffinity(0)}
+    assert spinning.core() in (cores if extension.module else {0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ def test_each_token_has_a_scale_of_its_own() -> None:
     decoded = int8_rows.decode(int8_rows.encode(x_MK))
     assert decoded[0].tolist() == pytest.approx([1.0, -0.5], abs=0.005)
     assert decoded[1].tolist() == pytest.approx([1e6, 0.0], abs=4000)
+
+
+def test_the_example_of_the_page_is_what_travels() -> None:
+    rows = int8_rows.encode(torch.tensor([[1.0, -0.5, 0.0]])).view(torch.uint8).numpy().tobytes().hex(" ")
+    page = Path(__file__).parents[3] / "docs/protocol.md"
+    assert f"as an example:\n\n    {rows}\n" in page.read_text(encoding="utf-8")
 
 
 def test_zeros_stay_zeros() -> None:

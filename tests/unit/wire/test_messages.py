@@ -57,7 +57,7 @@ replies = st.one_of(
         module_count=st.integers(0, 1 << 20),
         groups=st.lists(groups, max_size=3).map(tuple),
     ),
-    st.builds(messages.Result, id=ids, y=specs, compute_ns=ids),
+    st.builds(messages.Result, id=ids, y=specs, compute_ns=ids, copy_ns=ids),
     st.builds(
         messages.StateResult,
         id=ids,
@@ -157,10 +157,11 @@ def test_a_missing_field_is_refused(missing: str) -> None:
         messages.Failure(id=1, code="internal", message="x" * 2049),
         messages.Result(id=1, y=TensorSpec("float32", ()), compute_ns=-1),
         messages.Result(id=1, y=TensorSpec("float32", ()), compute_ns=0, started_ns=1 << 62),
+        messages.Result(id=1, y=TensorSpec("float32", ()), compute_ns=0, copy_ns=-1),
         messages.StateResult(id=1, names=("n",) * (messages.MAX_STATE_TENSORS + 1), tensors=()),
         messages.StateResult(id=1, names=(), tensors=(TensorSpec("float32", ()),) * (messages.MAX_STATE_TENSORS + 1)),
     ],
-    ids=["long failure", "negative time", "late start", "many names", "many specs"],
+    ids=["long failure", "negative time", "late start", "negative copies", "many names", "many specs"],
 )
 def test_a_reply_out_of_bounds_is_refused(reply: AnyReply) -> None:
     with pytest.raises(msgspec.ValidationError):
