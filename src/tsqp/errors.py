@@ -43,6 +43,10 @@ class DeviceMemoryError(SetupError):
     """The device that computes has no memory left for the request."""
 
 
+class DeviceError(SetupError):
+    """The device that computes has failed, and this process cannot use it any more."""
+
+
 class InputError(SetupError):
     """A prompt or a shape does not fit the model."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from tsqp.arith import ring
 from tsqp.config import EnclaveConfig
 from tsqp.errors import DeviceMemoryError, InputError
 from tsqp.levels import open_model, runnable
-from tsqp.model.architecture import read_config
-from tsqp.model.linears import Linears, memory_errors
+from tsqp.model.architecture import LinearGroup, read_config
+from tsqp.model.linears import Linears
 from tsqp.model.llama import Llama
 from tsqp.model.packed import open_codes
 from tsqp.model.weights import Checkpoint
@@ -61,26 +62,35 @@ def test_half_precision_agrees_with_the_cpu(tmp_path: Path, dtype: str) -> None:
     assert worst < 16 * torch.finfo(codec.TORCH_DTYPES[dtype]).eps
 
 
+@contextmanager
+def full_gpu() -> Iterator[None]:
+    """Leave 64 MB of the GPU's memory to all processes, for the time of a ``with`` block."""
+    free, _ = torch.cuda.mem_get_info(CUDA)
+    block = torch.empty(free - (64 << 20), dtype=torch.uint8, device=CUDA)
+    try:
+        yield
+    finally:
+        del block
+        torch.cuda.empty_cache()
+
+
 def test_a_full_gpu_is_a_clear_error_and_the_worker_goes_on(tmp_path: Path) -> None:
-    """A product larger than any GPU's memory: 2^19 x 2^19 floats are a terabyte."""
+    """2^14 x 2^14 floats are 1 GiB, and fewer than a result may have."""
     directory = tiny_checkpoint(tmp_path / "model")
     with running_worker(directory, device="cuda:0") as url, linked(url, directory) as link:
-        with pytest.raises(DeviceMemoryError, match=r"cuda:0 is out of memory during matmul"):
-            link.ops.matmul(torch.zeros(1 << 19, 1), torch.zeros(1, 1 << 19))
-        assert link.ops.linear("head", torch.zeros(1, 48))().shape == (1, 101)
+        # The libraries take their own memory at first use.
+        link.ops.matmul(torch.zeros(1, 1), torch.zeros(1, 1))
+        link.ops.linear("head", torch.zeros(1, 48))()
+        with full_gpu():
+            with pytest.raises(DeviceMemoryError, match=r"cuda:0 is out of memory during matmul"):
+                link.ops.matmul(torch.zeros(1 << 14, 1), torch.zeros(1, 1 << 14))
+            assert link.ops.linear("head", torch.zeros(1, 48))().shape == (1, 101)
 
 
 def test_loading_onto_a_full_gpu_is_a_clear_error(tmp_path: Path) -> None:
     directory = tiny_checkpoint(tmp_path / "model", vocab_size=1 << 16, hidden_size=480)
-    free, _ = torch.cuda.mem_get_info(CUDA)
-    with memory_errors("filling", CUDA):
-        block = torch.empty(free - (64 << 20), dtype=torch.uint8, device=CUDA)
-    try:
-        with pytest.raises(DeviceMemoryError, match="during loading"):
-            Linears(read_config(directory), Checkpoint(directory), torch.float32, CUDA)
-    finally:
-        del block
-        torch.cuda.empty_cache()
+    with full_gpu(), pytest.raises(DeviceMemoryError, match="during loading"):
+        Linears(read_config(directory), Checkpoint(directory), torch.float32, CUDA)
 
 
 def test_exact_products_are_those_of_the_cpu() -> None:
@@ -117,13 +127,20 @@ def test_ids_outside_the_vocabulary_do_not_poison_the_gpu(tmp_path: Path) -> Non
         assert link.ops.embedding(torch.tensor([1]))().shape == (1, 48)
 
 
-def in_turn(engine: CudaEngine, batches: list[list[tuple[str, torch.Tensor]]]) -> list[torch.Tensor]:
-    """Run batches of exact products through an engine as the worker's loop does, as many at a time as it takes."""
+Batch = list[tuple[str, torch.Tensor]]
+
+
+def in_turn(engine: CudaEngine, batches: list[Batch]) -> list[torch.Tensor]:
+    """Run batches of exact products through an engine as the worker's loop does, as many at a time as it takes.
+
+    The first ``LANES`` are started before any is finished, so that each takes another lane.
+    """
     replies: dict[int, torch.Tensor] = {}
 
     def take(frames: Sequence[Buffer]) -> None:
         reply, (frame,) = codec.decode_reply(frames)
         assert isinstance(reply, messages.Result)
+        assert 0 < reply.copy_ns < reply.compute_ns
         replies[reply.id] = codec.tensor_of(reply.y, frame)
 
     dispatcher = Dispatcher(engine.service, "tiny", "digest")
@@ -144,22 +161,27 @@ def in_turn(engine: CudaEngine, batches: list[list[tuple[str, torch.Tensor]]]) -
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_batches_that_overlap_give_the_bits_of_the_cpu(tmp_path: Path, graphs: bool) -> None:  # noqa: FBT001
-    """Each shape comes often enough to be captured, in every lane, between others."""
+    """Each small shape is captured in every lane first; then shapes come between others."""
     packed = open_codes(packed_tiny(tiny_checkpoint(tmp_path / "model"), tmp_path / "packed"))
     codes = {group.name: packed.read(group.name) for group in packed.groups}
     on_gpu = {name: ring.lay_out(w_NK.to(CUDA)) for name, w_NK in codes.items()}
     engine = CudaEngine(ExactService(packed.groups, on_gpu, CUDA), graphs=graphs)
     generator = torch.Generator().manual_seed(0)
-    batches = [
-        [
+    shapes = [(group, counts) for counts in ((1,), (1, 3), (17, 100)) for group in packed.groups[:4]]
+
+    def batch(group: LinearGroup, counts: Sequence[int]) -> Batch:
+        return [
             (group.name, torch.randint(-(1 << 31), 1 << 31, (rows, group.in_features), generator=generator).int())
             for rows in counts
         ]
-        for _ in range(5 * LANES)
-        for counts in ((1,), (1, 3), (17, 100))
-        for group in packed.groups[:4]
-    ]
-    results = in_turn(engine, batches)
-    for (name, x_MK), y_MN in zip(itertools.chain.from_iterable(batches), results, strict=True):
-        assert torch.equal(y_MN, ring.multiply(x_MK, ring.lay_out(codes[name])))
-    assert bool(engine.captured) == graphs
+
+    def run(batches: list[Batch]) -> None:
+        results = in_turn(engine, batches)
+        for (name, x_MK), y_MN in zip(itertools.chain.from_iterable(batches), results, strict=True):
+            assert torch.equal(y_MN, ring.multiply(x_MK, ring.lay_out(codes[name])))
+
+    for group, counts in shapes:
+        for _ in range(4):
+            run([batch(group, counts) for _ in range(LANES)])
+    assert engine.captured == (LANES * 8 if graphs else 0)
+    run([batch(*shape) for _ in range(5) for shape in shapes])

@@ -31,8 +31,9 @@ _LIMBS = 4
 # 0x80808080 as an int32: added to x, it turns the bytes of the sum into balanced limbs, each plus 128.
 _OFFSET = 0x80808080 - (1 << 32)
 # torch._int_mm on CUDA takes more than 16 rows, and multiples of 8 inputs and outputs.
-_CUDA_MIN_ROWS = 17
-_CUDA_MULTIPLE = 8
+CUDA_MIN_ROWS = 17
+CUDA_MULTIPLE = 8
+_LIMB_BLOCK = INT8_MAX_K // CUDA_MULTIPLE * CUDA_MULTIPLE
 # Element-wise operations on fewer elements than this run in one thread (docs/performance.md).
 _WORTH_THREADS = 1 << 21
 # How many codes are widened to float64 at a time: 32 MB.
@@ -158,19 +159,35 @@ class Float64Kernel(_PlainLayout):
         out_MN.copy_(y_MN.to(torch.int32))
 
 
-class LimbKernel(_PlainLayout):
+class LimbKernel:
     """int8 products of the four balanced base-256 limbs of x, stacked into one product of 4 M rows.
 
     x = l0 + 2^8 l1 + 2^16 l2 + 2^24 l3 (mod 2^32), limbs in [-128, 127]. A limb's product is an exact int32 for K up to
     ``INT8_MAX_K``; longer rows are cut. The four are shifted and added with wrap (Horner).
+
+    Args:
+        multiple: of which the product takes inputs and outputs; codes are laid out with zeros up to there.
+        least_rows: that the product takes.
     """
 
     name = "int8 limbs"
 
+    def __init__(self, multiple: int = 1, least_rows: int = 1) -> None:
+        self._multiple, self._least_rows = multiple, least_rows
+
+    def lay_out(self, w_NK: Tensor) -> Tensor:
+        """See ``Kernel.lay_out``."""
+        rows, inputs = (-(-size // self._multiple) * self._multiple for size in w_NK.shape)
+        return _padded(w_NK, rows, inputs).contiguous()
+
+    def plain(self, codes: Codes, first: int, rows: int) -> Tensor:
+        """See ``Kernel.plain``."""
+        return codes.laid_out[first : first + rows, : codes.inputs].contiguous()
+
     def multiply(self, x_MK: Tensor, codes: Codes, out_MN: Tensor) -> None:
         """See ``Kernel.multiply``."""
-        for first in range(0, x_MK.shape[1], INT8_MAX_K):
-            block = slice(first, first + INT8_MAX_K)
+        for first in range(0, x_MK.shape[1], _LIMB_BLOCK):
+            block = slice(first, first + _LIMB_BLOCK)
             x_MB, w_NB = x_MK[:, block], codes.laid_out[:, block]
             if first:
                 out_MN += self._block(x_MB, w_NB, torch.empty_like(out_MN))
@@ -180,7 +197,8 @@ class LimbKernel(_PlainLayout):
     def _block(self, x_MK: Tensor, w_NK: Tensor, y_MN: Tensor) -> Tensor:
         with _few_threads(x_MK):
             limbs_LK = limbs(x_MK)
-        y_IMN = _int_mm(limbs_LK, w_NK).unflatten(0, (_LIMBS, -1))
+            padded_LK = _padded(limbs_LK, max(len(limbs_LK), self._least_rows), w_NK.shape[1])
+        y_IMN = _int_mm(padded_LK, w_NK)[: len(limbs_LK), : y_MN.shape[1]].unflatten(0, (_LIMBS, -1))
         with _few_threads(y_IMN[0]):
             torch.add(y_IMN[2], y_IMN[3], alpha=256, out=y_MN)
             for limb in (1, 0):
@@ -194,16 +212,11 @@ def _few_threads(x_MK: Tensor) -> AbstractContextManager[None]:
 
 
 def _int_mm(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """Multiply int8 matrices into int32 by ``torch._int_mm``, padded with zeros to the sizes that it takes."""
-    rows, outputs = len(a_MK), len(b_NK)
-    inputs = a_MK.shape[1]
-    if a_MK.is_cuda:
-        a_MK = _padded(a_MK, max(rows, _CUDA_MIN_ROWS), -(-inputs // _CUDA_MULTIPLE) * _CUDA_MULTIPLE)
-        b_NK = _padded(b_NK, -(-outputs // _CUDA_MULTIPLE) * _CUDA_MULTIPLE, a_MK.shape[1])
-    elif inputs == 1:  # torch 2.13 returns garbage for a single column
-        a_MK, b_NK = _padded(a_MK, rows, 2), _padded(b_NK, outputs, 2)
+    """Multiply int8 matrices into int32."""
+    if a_MK.shape[1] == 1:  # torch 2.13 returns garbage for a single column
+        a_MK, b_NK = _padded(a_MK, len(a_MK), 2), _padded(b_NK, len(b_NK), 2)
     product: Tensor = torch._int_mm(a_MK, b_NK.T)  # noqa: SLF001  the only int8 product torch has
-    return product[:rows, :outputs]
+    return product
 
 
 def _padded(x_MK: Tensor, rows: int, columns: int) -> Tensor:
@@ -304,7 +317,6 @@ def multiply(x_MK: Tensor, codes: Codes, out_MN: Tensor | None = None) -> Tensor
     return out_MN
 
 
-@cache
 def kernel_for(device: torch.device) -> Kernel:
     """Return the first kernel, fastest first, that agrees with Python integers on this device.
 
@@ -312,16 +324,31 @@ def kernel_for(device: torch.device) -> Kernel:
         ExactnessError: none does.
         ConfigError: ``TSQP_NATIVE`` asks for what is not there.
     """
-    failures = []
+    return tried(device)[0]
+
+
+def notice(device: torch.device) -> str | None:
+    """Return what to tell the user in a sentence where a faster kernel was tried and errs; None where none does."""
+    kernel, wrong = tried(device)
+    return (
+        f"{device} computes exact products by the {kernel.name} kernel, slower: {'; '.join(wrong)}" if wrong else None
+    )
+
+
+@cache
+def tried(device: torch.device) -> tuple[Kernel, tuple[str, ...]]:
+    """Return ``kernel_for`` the device, and what is wrong with each faster one. Errors are the same."""
+    failures: list[str] = []
     extension = native.kernels() if device.type == "cpu" else None
     kernels: list[Kernel] = [NativeKernel(extension)] if extension else []
-    for kernel in (*kernels, LimbKernel(), Float64Kernel()):
+    limb = LimbKernel(CUDA_MULTIPLE, CUDA_MIN_ROWS) if device.type == "cuda" else LimbKernel()
+    for kernel in (*kernels, limb, Float64Kernel()):
         try:
             check_exact(kernel, device)
         except (ExactnessError, RuntimeError, AttributeError) as error:  # noqa: PERF203  three kernels at most
             failures.append(f"{kernel.name}: {error}")
         else:
-            return kernel
+            return kernel, tuple(failures)
     raise ExactnessError(f"no kernel multiplies exactly on {device}: {'; '.join(failures)}")
 
 

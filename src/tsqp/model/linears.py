@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,20 +27,29 @@ _TYPICAL_ROWS = 128
 MAX_RESULT_ELEMENTS = 1 << 30
 
 
-@contextmanager
-def memory_errors(operation: str, device: torch.device) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into ``DeviceMemoryError``, which says what to do."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        advice = "shorten the prompt, lower --batch, use --dtype bfloat16, or free memory on it"
-        raise DeviceMemoryError(f"{device} is out of memory during {operation}: {advice}.") from error
+class memory_errors:  # used as a function is; a generator would take longer than a small product's checks
+    """Turn torch's out-of-memory errors within a ``with`` block into ``DeviceMemoryError``, which says what to do."""
+
+    __slots__ = ("_device", "_operation")
+
+    def __init__(self, operation: str, device: torch.device) -> None:
+        self._operation = operation
+        self._device = device
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Raise the other error, or let this one pass."""
+        if error is not None and _is_out_of_memory(error):
+            advice = "shorten the prompt, lower --batch, use --dtype bfloat16, or free memory on it"
+            raise DeviceMemoryError(f"{self._device} is out of memory during {self._operation}: {advice}.") from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @functools.cache
@@ -194,8 +202,9 @@ class Linears:
             out_MN: where to store the result, contiguous and in the weights' dtype; by default new memory.
         """
         with memory_errors(f"linear {name}", self.device):
-            x_MK, bias_N = x_MK.to(self.device, self.dtype), self._biases.get(name)
-            panels = self._panels.get(name)
+            bias_N, panels = self._biases.get(name), self._panels.get(name)
+            if x_MK.dtype != self.dtype or x_MK.device != self.device:
+                x_MK = x_MK.to(self.device, self.dtype)
             if self._kernels and panels is not None:
                 y_MN = self._empty(x_MK.shape[0], self.groups[name].rows) if out_MN is None else out_MN
                 self._kernels.multiply_floats(x_MK, panels, bias_N, y_MN)

@@ -7,8 +7,9 @@ its own, in its turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from msgspec import Struct
 from torch import Tensor
 
 from tsqp.transport.base import Incoming
@@ -22,16 +23,14 @@ MAX_WAITING = 64
 MAX_WAITING_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(Struct, frozen=True):
     """What a request is multiplied by, and how many rows it brings."""
 
     group: str
     count: int
 
 
-@dataclass(slots=True, eq=False)
-class Waiting:
+class Waiting(Struct, eq=False):
     """A request for a product: decoded, checked, not computed yet.
 
     Attributes:
@@ -39,17 +38,14 @@ class Waiting:
         tensors: that came with it; over shared memory they are the client's, and valid until the reply.
         rows: None where it cannot be multiplied together with others.
         incoming: the message; it takes the reply.
+        size_bytes: what it holds while it waits.
     """
 
     header: AnyRequest
-    tensors: tuple[Tensor, ...]
+    tensors: Sequence[Tensor]
     rows: Rows | None
     incoming: Incoming
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that it holds while it waits."""
-        return sum(map(len, self.incoming.frames))
+    size_bytes: int
 
 
 class Queue:

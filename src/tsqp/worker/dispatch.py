@@ -56,6 +56,12 @@ class Dispatcher:
         self.requests: Counter[type[AnyRequest]] = Counter()
         self.errors = self.bytes_received = self.bytes_sent = self.compute_ns = 0
         self.products = self.product_requests = 0
+        # What needs no product.
+        self._answers: dict[type[AnyRequest], Callable[[int], list[Buffer]]] = {
+            messages.Hello: lambda request_id: [messages.encode(self._welcome(request_id))],
+            messages.Stats: lambda request_id: [messages.encode(self._stats(request_id))],
+            messages.State: self._state_reply,
+        }
 
     def answer(self, frames: Sequence[Buffer]) -> list[Buffer]:
         """Return the reply to any frames at all: what is not a valid request is answered with a failure."""
@@ -72,20 +78,17 @@ class Dispatcher:
             The request, if a product must be computed for it.
         """
         frames, reply = incoming.frames, incoming.reply
-        self.bytes_received += sum(map(len, frames))
+        size_bytes = sum(map(len, frames))
+        self.bytes_received += size_bytes
         try:
             request = codec.decode_request(frames)
             header = request.header
             self.requests[type(header)] += 1
-            match header:
-                case messages.Hello():
-                    self._send(reply, [messages.encode(self._welcome(header.id))])
-                case messages.Stats():
-                    self._send(reply, [messages.encode(self._stats(header.id))])
-                case messages.State():
-                    self._send(reply, self._state_reply(header.id))
-                case _:
-                    return Waiting(header, request.tensors, self.service.rows(header, request.tensors), incoming)
+            answer = self._answers.get(type(header))
+            if answer is None:
+                rows = self.service.rows(header, request.tensors)
+                return Waiting(header, request.tensors, rows, incoming, size_bytes)
+            self._send(reply, answer(header.id))
         except Exception as error:  # noqa: BLE001  what a client sends must not end the worker for the others
             request_id = error.request_id if isinstance(error, codec.VersionError) else _request_id(frames)
             self._send(reply, self._failure(request_id, error))
@@ -96,17 +99,19 @@ class Dispatcher:
         for product in products:
             started_ns = max(0, time.monotonic_ns() - product.compute_ns)  # it is done now; for display only
             for request, outcome in zip(product.requests, product.outcomes, strict=True):
-                times = (product.share_ns(request), started_ns)
+                times = (*product.shares_ns(request), started_ns)
                 self._send(request.incoming.reply, self._result(request, outcome, times))
             self.products += 1
             self.product_requests += len(product.requests)
             self.compute_ns += product.compute_ns
 
-    def _result(self, request: Waiting, outcome: Result | Exception, times: tuple[int, int]) -> list[Buffer]:
+    def _result(self, request: Waiting, outcome: Result | Exception, times: tuple[int, int, int]) -> list[Buffer]:
         if isinstance(outcome, Exception):
             return self._failure(request.header.id, outcome)
-        compute_ns, started_ns = times
-        result = messages.Result(id=request.header.id, y=outcome.spec, compute_ns=compute_ns, started_ns=started_ns)
+        compute_ns, copy_ns, started_ns = times
+        result = messages.Result(
+            id=request.header.id, y=outcome.spec, compute_ns=compute_ns, started_ns=started_ns, copy_ns=copy_ns
+        )
         return [messages.encode(result), outcome.frame]
 
     def _send(self, reply: Send, frames: list[Buffer]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from tsqp.wire import codec
@@ -17,32 +17,34 @@ from tsqp.worker.batching import Waiting
 from tsqp.worker.services import WorkerService
 
 
-class Result(NamedTuple):
+class Result(Struct, frozen=True):
     """A tensor that is ready to be sent: what it is, and its bytes, which may lie in a slot of the transport's."""
 
     spec: TensorSpec
     frame: Buffer
 
 
-class Product(NamedTuple):
+class Product(Struct, frozen=True):
     """One product and what becomes of it.
 
     Attributes:
         requests: that it answers.
         outcomes: for each, its result, or the error that it failed with.
         compute_ns: what it took.
+        copy_ns: the part of that in which tensors went to the device and back.
     """
 
     requests: Sequence[Waiting]
     outcomes: Sequence[Result | Exception]
     compute_ns: int
+    copy_ns: int = 0
 
-    def share_ns(self, request: Waiting) -> int:
-        """Return one request's share of the time, by rows."""
-        if len(self.requests) == 1:
-            return self.compute_ns
-        total = sum(other.rows.count for other in self.requests if other.rows)
-        return self.compute_ns * request.rows.count // total if request.rows and total else self.compute_ns
+    def shares_ns(self, request: Waiting) -> tuple[int, int]:
+        """Return one request's share of both times, by rows."""
+        if len(self.requests) == 1 or not request.rows:
+            return self.compute_ns, self.copy_ns
+        rows, total = request.rows.count, sum(other.rows.count for other in self.requests if other.rows) or 1
+        return self.compute_ns * rows // total, self.copy_ns * rows // total
 
 
 class Engine(Protocol):
@@ -141,12 +143,8 @@ def placed(service: WorkerService, request: Waiting, y_MN: Tensor) -> Result:
 
 def _room(request: Waiting, spec: TensorSpec) -> tuple[Tensor, Buffer]:
     """Return a tensor to write a result to, in a slot of the transport's if it gives one, and the frame to send."""
-    dtype = codec.TORCH_DTYPES[spec.dtype]
-    slot = request.incoming.allocate(math.prod(spec.shape) * dtype.itemsize)
-    if slot is not None:
-        return codec.tensor_of(spec, slot), slot
-    y_MN = torch.empty(spec.shape, dtype=dtype)
-    return y_MN, codec.frame_of(y_MN)
+    slot = request.incoming.allocate(codec.size_of(spec))
+    return codec.empty(spec) if slot is None else (codec.tensor_of(spec, slot), slot)
 
 
 def _result(y: Tensor) -> Result:

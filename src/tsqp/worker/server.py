@@ -22,16 +22,17 @@ class Worker:
     Args:
         dispatcher: answers the current protocol.
         transport: where messages come from.
+        cuda_graphs: on a GPU, capture products that repeat.
     """
 
-    def __init__(self, dispatcher: Dispatcher, transport: ServerTransport) -> None:
+    def __init__(self, dispatcher: Dispatcher, transport: ServerTransport, *, cuda_graphs: bool = True) -> None:
         self.dispatcher = dispatcher
         service = dispatcher.service
         self._legacy = (
             LegacyDispatcher(service.linears, service.state).answer if isinstance(service, OpenService) else refuse
         )
         self._transport = transport
-        self._engine = engine_for(service)
+        self._engine = engine_for(service, cuda_graphs=cuda_graphs)
         self._queue = Queue()
         self._stopping = False
         # For how many products in a row only one request was there.
@@ -89,10 +90,10 @@ class Worker:
             self._ahead.after(rows.group)
 
 
-def engine_for(service: WorkerService) -> Engine:
+def engine_for(service: WorkerService, *, cuda_graphs: bool) -> Engine:
     """Return what computes a service's products on its device."""
     if service.device.type == "cuda":
         from tsqp.worker.cuda import CudaEngine  # noqa: PLC0415  a worker on a CPU does not need it
 
-        return CudaEngine(service)
+        return CudaEngine(service, graphs=cuda_graphs)
     return CpuEngine(service)

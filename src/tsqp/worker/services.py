@@ -50,7 +50,7 @@ class WorkerService(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Non-linear parameters it gives away: none but at `open`."""
 
-    def product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:
+    def product(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """Compute what is asked for; the result is on the CPU.
 
         Raises:
@@ -60,14 +60,14 @@ class WorkerService(Protocol):
 
     # What ``product`` does, in parts, for requests that are multiplied together.
 
-    def rows(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Rows | None:
+    def rows(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Rows | None:
         """Check a request for rows times a group's weights; None if it is of another kind, which ``product`` checks.
 
         Raises:
             InputError: its operand does not fit the model.
         """
 
-    def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:
+    def operand(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """Return a checked request's rows, shape (M, K), on the CPU, in ``rows_dtype``."""
 
     def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
@@ -109,7 +109,7 @@ class OpenService:
         self.dtype = self.rows_dtype = linears.dtype
         self.state = state
 
-    def product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:
+    def product(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """See ``WorkerService.product``. The result has the dtype that the request's tensor had."""
         match header:
             case messages.Linear(group=group):
@@ -122,7 +122,7 @@ class OpenService:
             case _:
                 raise _refused(header, self.serves)
 
-    def rows(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Rows | None:
+    def rows(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Rows | None:
         """See ``WorkerService.rows``."""
         if not isinstance(header, messages.Linear):
             return None
@@ -136,9 +136,11 @@ class OpenService:
             self.linears.check(header.group, dtype, shape)
         return Rows(header.group, shape[0])
 
-    def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002  of every service
+    def operand(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:  # noqa: ARG002  of every service
         """See ``WorkerService.operand``."""
         x = tensors[0]
+        if x.dtype == self.dtype:
+            return x
         return (int8_rows.decode(x) if x.dtype == torch.int8 else x).to(self.dtype)
 
     def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
@@ -216,7 +218,7 @@ class ExactService(_CodesService):
     serves: Service = "exact"
 
     @torch.inference_mode()
-    def product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:
+    def product(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """See ``WorkerService.product``."""
         match header:
             case messages.LinearExact(group=group):
@@ -230,14 +232,14 @@ class ExactService(_CodesService):
             case _:
                 raise _refused(header, self.serves)
 
-    def rows(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Rows | None:
+    def rows(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Rows | None:
         """See ``WorkerService.rows``."""
         if not isinstance(header, messages.LinearExact):
             return None
         self._check(header.group, tensors[0])
         return Rows(header.group, len(tensors[0]))
 
-    def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002  of every service
+    def operand(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:  # noqa: ARG002  of every service
         """See ``WorkerService.operand``."""
         return tensors[0]
 
@@ -256,7 +258,7 @@ class DealerService(_CodesService):
     serves: Service = "masks"
 
     @torch.inference_mode()
-    def product(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:
+    def product(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """See ``WorkerService.product``."""
         if not isinstance(header, messages.MaskProduct):
             raise _refused(header, self.serves)
@@ -264,7 +266,7 @@ class DealerService(_CodesService):
         with memory_errors(f"mask product {header.group}", self.device):
             return self.multiply(header.group, self.operand(header, tensors)).cpu()
 
-    def rows(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Rows | None:  # noqa: ARG002  of every service
+    def rows(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Rows | None:  # noqa: ARG002  of every service
         """See ``WorkerService.rows``. Each request's rows are of a seed of its own; only the group must be one."""
         if not isinstance(header, messages.MaskProduct):
             return None
@@ -274,7 +276,7 @@ class DealerService(_CodesService):
             raise InputError(f"mask rows {header.first} to {header.first + header.count}: at most {MAX_ROWS} exist.")
         return Rows(header.group, header.count)
 
-    def operand(self, header: AnyRequest, tensors: tuple[Tensor, ...]) -> Tensor:  # noqa: ARG002  of every service
+    def operand(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:  # noqa: ARG002  of every service
         """See ``WorkerService.operand``."""
         if not isinstance(header, messages.MaskProduct):
             raise _refused(header, self.serves)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tsqp.arith import native
-from tsqp.arith.ring import lay_out
+from tsqp.arith import native, ring
 from tsqp.config import DEALER_PORT, WorkerConfig
 from tsqp.errors import ConfigError, SetupError
 from tsqp.model.architecture import module_count, read_config, weight_shapes
@@ -21,6 +20,7 @@ from tsqp.model.packed import open_codes
 from tsqp.model.weights import Checkpoint
 from tsqp.threads import set_threads
 from tsqp.transport.keys import KeyPair, load_secret
+from tsqp.transport.nearby import make_nearby
 from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec
@@ -77,8 +77,7 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
     """
     threads = set_threads(config.threads)
     device = resolve_device(config.device, progress.notice)
-    port = DEALER_PORT if config.serves == "masks" else config.port
-    endpoints = tuple(parse(url) for url in config.listen) or (parse(f"127.0.0.1:{port}"),)
+    endpoints = tuple(parse(url) for url in config.listen) or _default_endpoints(config, progress)
     key = load_secret(config.key) if config.key is not None else None
     if config.serves == "masks":
         _check_dealer(endpoints, key, progress)
@@ -96,7 +95,7 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         transport.close()
         raise
     return RunningWorker(
-        worker=Worker(dispatcher, transport),
+        worker=Worker(dispatcher, transport, cuda_graphs=config.cuda_graphs == "on"),
         transport=transport,
         endpoints=endpoints,
         device=device,
@@ -108,6 +107,19 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         digest=dispatcher.digest,
         public_key=key.public.decode() if key else None,
     )
+
+
+def _default_endpoints(config: WorkerConfig, progress: Progress) -> tuple[Endpoint, ...]:
+    """Return where to listen by default: on loopback, and in shared memory where that takes no secrets in clear."""
+    if config.serves == "masks":
+        return (parse(f"127.0.0.1:{DEALER_PORT}"),)
+    loopback, nearby = parse(f"127.0.0.1:{config.port}"), None
+    if config.key is None:
+        try:
+            nearby = make_nearby(config.port)
+        except SetupError as error:
+            progress.notice(f"no shared memory, {loopback} only: {error}")
+    return (loopback, nearby) if nearby else (loopback,)
 
 
 def _check_dealer(endpoints: tuple[Endpoint, ...], key: KeyPair | None, progress: Progress) -> None:
@@ -140,11 +152,11 @@ def _load_codes(config: WorkerConfig, device: torch.device, progress: Progress) 
     codes = {}
     with memory_errors("loading", device):
         for done, group in enumerate(packed.groups):
-            codes[group.name] = lay_out(packed.read(group.name).to(device))
+            codes[group.name] = ring.lay_out(packed.read(group.name).to(device))
             progress.step("loading the codes", (done + 1) / len(packed.groups))
-    slower = native.notice()
-    if slower and device.type == "cpu":
-        progress.notice(slower)
+    for slower in (native.notice() if device.type == "cpu" else None, ring.notice(device)):
+        if slower:
+            progress.notice(slower)
     service = (DealerService if config.serves == "masks" else ExactService)(packed.groups, codes, device)
     return Dispatcher(service, config.model, packed.codes_digest)
 

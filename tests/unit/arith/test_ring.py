@@ -15,7 +15,9 @@ from tsqp.errors import ExactnessError
 
 CPU = torch.device("cpu")
 NATIVE: list[ring.Kernel] = [ring.NativeKernel(native.Kernels(name)) for name in native.available()]
-KERNELS: list[ring.Kernel] = [*NATIVE, ring.LimbKernel(), ring.Float64Kernel()]
+# As it pads for CUDA.
+ON_CUDA = ring.LimbKernel(ring.CUDA_MULTIPLE, ring.CUDA_MIN_ROWS)
+KERNELS: list[ring.Kernel] = [*NATIVE, ring.LimbKernel(), ON_CUDA, ring.Float64Kernel()]
 WORDS = st.integers(-(1 << 31), (1 << 31) - 1)
 
 
@@ -58,6 +60,28 @@ def test_kernels_agree_on_the_shapes_of_models() -> None:
         w_NK = torch.randint(-127, 128, (outputs, inputs), generator=generator).to(torch.int8)
         first, *others = (ring.multiply(x_MK, ring.lay_out(w_NK, kernel)) for kernel in KERNELS)
         assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 33, 83), (5, 64, 24), (2, ring.INT8_MAX_K + 9, 8)])
+def test_int8_products_have_sizes_that_cuda_takes(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 16 rows, and multiples of 8; the codes are there already."""
+    sizes: list[tuple[int, int, int]] = []
+    int_mm = ring._int_mm
+
+    def watched(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+        assert b_NK.untyped_storage().data_ptr() == codes.laid_out.untyped_storage().data_ptr()
+        sizes.append((len(a_MK), a_MK.shape[1], len(b_NK)))
+        return int_mm(a_MK, b_NK)
+
+    monkeypatch.setattr(ring, "_int_mm", watched)
+    x_MK, w_NK = ring.adversarial(*shape)
+    codes = ring.lay_out(w_NK, ON_CUDA)
+    ring.multiply(x_MK, codes)
+    assert torch.equal(codes.plain(), w_NK)
+    assert sizes
+    for rows, inputs, outputs in sizes:
+        assert rows >= 17
+        assert inputs % 8 == outputs % 8 == 0
 
 
 @given(st.lists(WORDS, min_size=1, max_size=20))
@@ -107,21 +131,21 @@ def test_a_kernel_that_rounds_is_found() -> None:
 
 def test_the_next_kernel_serves_where_the_fastest_errs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "kernels", lambda: native.Kernels("portable"))
-    ring.kernel_for.cache_clear()
+    ring.tried.cache_clear()
     try:
         assert ring.kernel_for(CPU).name == "native portable"
         monkeypatch.setattr(ring.NativeKernel, "multiply", lambda _self, _x, _codes, out_MN: out_MN.zero_())
-        ring.kernel_for.cache_clear()
+        ring.tried.cache_clear()
         assert ring.kernel_for(CPU).name == "int8 limbs"
         monkeypatch.setattr(ring.LimbKernel, "multiply", _Off(1, 1).multiply)
-        ring.kernel_for.cache_clear()
+        ring.tried.cache_clear()
         assert ring.kernel_for(CPU).name == "float64"
         monkeypatch.setattr(ring.Float64Kernel, "multiply", _Saturating().multiply)
-        ring.kernel_for.cache_clear()
+        ring.tried.cache_clear()
         with pytest.raises(ExactnessError, match=r"exactly on cpu: native portable: .*; int8 limbs: .*; float64: "):
             ring.kernel_for(CPU)
     finally:
-        ring.kernel_for.cache_clear()
+        ring.tried.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from tiny_models import load_linears
 from torch import Tensor
 from workers import packed_tiny
@@ -129,7 +130,7 @@ def waiting(request_id: int, group: str | None, rows: int = 1) -> Waiting:
     header = messages.LinearExact(id=request_id, group=group or "x", x=TensorSpec("int32", (rows, 1)))
     x_MK = torch.zeros(rows, 1, dtype=torch.int32)
     incoming = Incoming((codec.frame_of(x_MK),), legacy=False, reply=lambda _frames: None)
-    return Waiting(header, (x_MK,), Rows(group, rows) if group else None, incoming)
+    return Waiting(header, (x_MK,), Rows(group, rows) if group else None, incoming, x_MK.nbytes)
 
 
 def drained(*requests: Waiting) -> list[list[int]]:
@@ -307,7 +308,10 @@ def test_time_is_shared_out_by_rows(exact: ExactService) -> None:
     batch = [dispatcher.admit(client.message(linear(rows, QKV, words(rows)))) for rows in (1, 3)]
     engine.start([request for request in batch if request])
     (product,) = engine.finished()
-    shares = [product.share_ns(request) for request in product.requests]
+    shares, copies = zip(
+        *(structs.replace(product, copy_ns=400).shares_ns(request) for request in batch if request), strict=True
+    )
+    assert copies == (100, 300)
     assert product.compute_ns - 2 < sum(shares) <= product.compute_ns
     assert abs(shares[1] - 3 * shares[0]) <= 3
 
