@@ -72,15 +72,28 @@ def checked(
         products = CheckedProducts(exact, checks.checkers, pool, meter)
         llama = Llama(packed.config, ExactOps(packed, products, meter))
         shared = shares_cores(worker, link.welcomes[0])
+
+        def look() -> None:
+            if refill is not None:
+                refill.check()
+            exact.look(config.connect_timeout_s)
+
         stepper = Stepper(
             llama,
             groups=step_groups(config, shared_cores=shared),
             pool=pool,
             paused=refill.paused if refill else nullcontext,
             reopen=exact.open_again,
+            look=look,
         )
         loaded = replace(taking_turns(llama, meter, cutting(config, shared_cores=shared)), stepper=stepper)
         yield _with_refill(loaded, refill) if refill else loaded
+
+
+def expected_worker(packed: PackedEnclave) -> Expected:
+    """Return what a worker must say that multiplies for an integer level."""
+    groups = linear_groups(packed.config)
+    return Expected(serves="exact", digest=packed.manifest.codes_digest, dtype="int8", groups=groups)
 
 
 def _check_settings(
@@ -106,8 +119,7 @@ class _WorkerLink:
     def __init__(self, worker: Peer, config: EnclaveConfig, packed: PackedEnclave, meter: Meter) -> None:
         self.welcomes: list[Welcome] = []
         self._worker, self._config, self._meter = worker, config, meter
-        groups = linear_groups(packed.config)
-        self._expected = Expected(serves="exact", digest=packed.manifest.codes_digest, dtype="int8", groups=groups)
+        self._expected = expected_worker(packed)
 
     def open(self) -> Session:
         """Connect; a worker that was there before has some time to come back."""

@@ -15,17 +15,63 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import IO
 
 from tsqp import errors
-from tsqp.errors import SetupError, TsqpError
+from tsqp.errors import SetupError, TransportError, TsqpError
 from tsqp.paths import private_socket_directory
 
 DEFAULT_SCHEME = "shm" if sys.platform == "linux" else "ipc"
 _STOP_TIMEOUT_S = 10.0
 _SHOWN_LINES = 5
+_LOOK_S = 0.25
+# The end of a link is heard before the end of the process.
+_DYING_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class OwnWorker:
+    """A worker for this process alone.
+
+    Attributes:
+        url: where it listens.
+        revive: starts it again if it has ended, given a function that tells whether to give up while it loads. It
+            raises the worker's own ``TsqpError`` if it does not come up, and ``TransportError`` if it is given up.
+    """
+
+    url: str
+    revive: Callable[[Callable[[], bool]], None]
+
+
+@contextmanager
+def own_worker(
+    arguments: Sequence[str],
+    scheme: str = DEFAULT_SCHEME,
+    environment: Mapping[str, str] | None = None,
+    command: str = "worker",
+) -> Iterator[OwnWorker]:
+    """Run ``tsqp worker`` or ``tsqp dealer`` for this process alone, for the time of a ``with`` block.
+
+    Args and errors are those of ``local_worker``.
+    """
+    with private_socket_directory() as directory, ExitStack() as running:
+        url = f"{scheme}://{directory}/{command}"
+        words = [sys.executable, "-m", "tsqp", command, "--listen", url, "--json", "--exit-with-parent", *arguments]
+        process = running.enter_context(worker_process(words, environment))
+
+        def revive(is_over: Callable[[], bool]) -> None:
+            nonlocal process
+            try:
+                process.wait(_DYING_S)
+            except subprocess.TimeoutExpired:
+                return
+            running.close()
+            process = running.enter_context(worker_process(words, environment, is_over))
+
+        yield OwnWorker(url, revive)
 
 
 @contextmanager
@@ -46,24 +92,27 @@ def local_worker(
     Raises:
         TsqpError: the worker's own, if it does not come up.
     """
-    with private_socket_directory() as directory:
-        url = f"{scheme}://{directory}/{command}"
-        words = [sys.executable, "-m", "tsqp", command, "--listen", url, "--json", "--exit-with-parent", *arguments]
-        with worker_process(words, environment):
-            yield url
+    with own_worker(arguments, scheme, environment, command) as worker:
+        yield worker.url
 
 
 @contextmanager
-def worker_process(words: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[None]:
+def worker_process(
+    words: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Iterator[subprocess.Popen[str]]:
     """Run a worker's command line for the time of a ``with`` block, which begins when the worker is ready.
 
     Args:
         words: the command. It prints one line of JSON, that it is ready or an ``ErrorReport``, and ends when its
             standard input closes or by SIGTERM.
         environment: instead of this process's own.
+        is_over: tells, while it loads, whether to give up.
 
     Raises:
         TsqpError: the worker's own, if it does not come up.
+        TransportError: it was given up.
     """
     with tempfile.TemporaryFile("w+") as log:
         process = None
@@ -78,8 +127,8 @@ def worker_process(words: Sequence[str], environment: Mapping[str, str] | None =
                     env=environment,
                     start_new_session=True,
                 )
-            _await_ready(process, log)
-            yield
+            _await_ready(process, log, is_over)
+            yield process
         finally:
             if process is not None:
                 _stop(process)
@@ -124,8 +173,11 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _await_ready(process: subprocess.Popen[str], log: IO[str]) -> None:
+def _await_ready(process: subprocess.Popen[str], log: IO[str], is_over: Callable[[], bool]) -> None:
     """Wait for the worker's first line, which says that it is ready or why it is not."""
+    while process.stdout and not select.select([process.stdout], [], [], _LOOK_S)[0]:
+        if is_over():
+            raise TransportError("the local worker was not waited for, as nobody needs it any more.")
     line = process.stdout.readline() if process.stdout else ""
     try:
         status = json.loads(line)
@@ -146,6 +198,7 @@ def _await_ready(process: subprocess.Popen[str], log: IO[str]) -> None:
 def _stop(process: subprocess.Popen[str]) -> None:
     """End the worker, if need be, or if Ctrl-C comes while it takes its time, by force."""
     process.terminate()
+    process.send_signal(signal.SIGCONT)  # one that is stopped hears nothing else
     try:
         process.wait(_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

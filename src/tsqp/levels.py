@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from tsqp.checked import checked
+from tsqp.checked import checked, expected_worker
 from tsqp.config import EXACT_LEVELS, EnclaveConfig
 from tsqp.enclave.codes import DirectoryCodes, read_codes
-from tsqp.enclave.connect import Peer, Wrap, connect
+from tsqp.enclave.connect import Peer, Wrap, connect, meet
 from tsqp.enclave.dealers import check_dealers, dealer_peers
 from tsqp.errors import ConfigError, InputError
 from tsqp.loaded import OnStep, Runnable, Stepper, cutting, shares_cores, step_groups, taking_turns
@@ -151,6 +151,20 @@ def check_peers(level: str, config: EnclaveConfig) -> None:
         check_dealers(worker, dealers, lambda _sentence: None)
 
 
+def check_worker(model: Model, config: EnclaveConfig, on_step: OnStep = lambda _name, _done: None) -> None:
+    """Meet the worker, see whether it serves this model at ``config.level``, and part.
+
+    Raises:
+        TsqpError: it does not, or as connecting does.
+    """
+    worker = _worker_peer(config, config.level, None)
+    if model.packed is not None:
+        meet(worker, config, expected_worker(model.packed))[0].close()
+        return
+    with connect(worker, config, model.architecture, _digest(model, on_step)):
+        pass
+
+
 def _worker_peer(config: EnclaveConfig, level: str, wrap: Wrap | None) -> Peer:
     if config.worker is None:
         raise InputError(f"the level {level!r} needs a worker's address.")
@@ -199,23 +213,32 @@ def _local(model: Model, config: EnclaveConfig, on_step: OnStep) -> Runnable:
     return Runnable(llama.prefill, meter, partial(llama.prefill, all_logits=True), stepper=stepper)
 
 
+def _digest(model: Model, on_step: OnStep) -> str:
+    checkpoint = Checkpoint(model.directory)
+    checkpoint.require(weight_shapes(model.architecture))
+    return model_digest(model.architecture, checkpoint, lambda done: on_step("hashing the weights", done))
+
+
 @contextmanager
 def _open(
     model: Model, config: EnclaveConfig, worker: Peer, on_step: OnStep, *, offload_attention: bool
 ) -> Iterator[Runnable]:
-    checkpoint = Checkpoint(model.directory)
-    checkpoint.require(weight_shapes(model.architecture))
-    digest = model_digest(model.architecture, checkpoint, lambda done: on_step("hashing the weights", done))
-    meter = Meter()
+    digest, meter = _digest(model, on_step), Meter()
     with ExitStack() as links:
         link = links.enter_context(connect(worker, config, model.architecture, digest, meter))
         llama = Llama(model.architecture, link.ops, offload_attention=offload_attention)
 
         def reopen() -> bool:
+            nonlocal link
             links.close()
-            llama.use(links.enter_context(connect(worker, config, model.architecture, digest, meter)).ops)
+            link = links.enter_context(connect(worker, config, model.architecture, digest, meter))
+            llama.use(link.ops)
             return True
+
+        def look() -> None:
+            link.session.hello(config.connect_timeout_s)
 
         shared = shares_cores(worker, link.welcome)
         loaded = taking_turns(llama, meter, cutting(config, shared_cores=shared))
-        yield replace(loaded, stepper=Stepper(llama, groups=step_groups(config, shared_cores=shared), reopen=reopen))
+        groups = step_groups(config, shared_cores=shared)
+        yield replace(loaded, stepper=Stepper(llama, groups=groups, reopen=reopen, look=look))

@@ -43,6 +43,7 @@ class Stepper:
         pool: masks, at `masked`.
         paused: during a ``with`` block the pool is not filled.
         reopen: opens the link to the worker again if it was lost; False where it was not, and something else is.
+        look: raises a ``TsqpError`` where a step would fail: the worker does not answer, or masks cannot be made.
     """
 
     llama: Llama
@@ -51,6 +52,7 @@ class Stepper:
     pool: MaskPool | None = None
     paused: Callable[[], AbstractContextManager[None]] = nullcontext
     reopen: Callable[[], bool] = lambda: False
+    look: Callable[[], None] = lambda: None
 
     def run(self, parts: Sequence[Rows]) -> list[Tensor]:
         """See ``Llama.run``."""

@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from workers import linked
 
 from tsqp import launch
-from tsqp.errors import ConfigError, SetupError
-from tsqp.launch import worker_process
+from tsqp.errors import ConfigError, SetupError, TransportError
+from tsqp.launch import own_worker, worker_process
 
 PATIENCE_S = 60
 READY = "print('{}', flush=True); "
@@ -70,6 +72,40 @@ def test_a_process_that_does_not_end_is_killed(
     with worker_process(program(deaf + READY + UNTIL_HANGUP + "; import time; time.sleep(600)")):
         pass
     assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_process_that_is_stopped_ends_as_others_do(started: list[subprocess.Popen[str]]) -> None:
+    with worker_process(program(READY + UNTIL_HANGUP)):
+        started[0].send_signal(signal.SIGSTOP)
+    assert started[0].returncode == -signal.SIGTERM
+
+
+def test_a_process_that_loads_can_be_given_up(started: list[subprocess.Popen[str]]) -> None:
+    answers = iter([False, True])
+    loading = worker_process(program(UNTIL_HANGUP), is_over=lambda: next(answers))
+    with pytest.raises(TransportError, match="nobody needs it"), loading:
+        pass
+    assert started[0].returncode == -signal.SIGTERM
+
+
+def test_a_worker_is_started_again_where_it_was_only_when_it_has_ended(
+    started: list[subprocess.Popen[str]], tiny_llama: Path
+) -> None:
+    with own_worker(["--model", str(tiny_llama), "--device", "cpu"]) as worker:
+        worker.revive(lambda: False)
+        (first,) = started
+        first.kill()
+        first.wait()
+        with pytest.raises(TransportError):
+            worker.revive(lambda: True)
+        worker.revive(lambda: False)
+        _, given_up, second = started
+        assert first.args == second.args
+        assert worker.url in cast("list[str]", second.args)
+        assert (given_up.poll() is None, second.poll() is None) == (False, True)
+        with linked(worker.url, tiny_llama):
+            pass
+    assert second.returncode is not None
 
 
 @pytest.mark.parametrize(

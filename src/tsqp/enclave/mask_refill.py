@@ -57,6 +57,15 @@ class IdleRefill:
                 self._running -= 1
                 self._changed.notify_all()
 
+    def check(self) -> None:
+        """Raise what has stopped the filling, if anything has.
+
+        Raises:
+            TsqpError: a dealer failed or lied, or the thread has a bug.
+        """
+        if self._failure is not None:
+            raise self._failure
+
     def wait_until_full(self, on_progress: Callable[[float], None] = lambda _done: None) -> None:
         """Wait for a full pool.
 

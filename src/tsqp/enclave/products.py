@@ -164,6 +164,21 @@ class ExactWorker:
         self.session, self._lost = self._open_session(), False
         return True
 
+    def look(self, timeout_s: float) -> None:
+        """Ask the worker for a sign of life; a link without one is lost.
+
+        Raises:
+            TransportError: it gave none in this time, or the link was lost before.
+            ProtocolError: it sent something else.
+        """
+        if self._lost:
+            raise TransportClosedError(f"the link to {self.peer} was lost.")
+        try:
+            self.session.hello(timeout_s)
+        except TransportError:
+            self._lose()
+            raise
+
     def _lose(self) -> None:
         if not self._lost:
             self.session.close()

@@ -42,10 +42,10 @@ class OpenOps:
     def linear(self, group: str, x_MK: Tensor) -> Pending:
         """See ``LinearOps.linear``. The worker sees the activations."""
         rows, inputs = x_MK.shape
-        header = partial(messages.Linear, group=group, x=TensorSpec(self._wire, (rows, inputs + self._extra)))
+        spec = TensorSpec(self._wire, (rows, inputs + self._extra))
         expect = TensorSpec(self._wire, (rows, self._rows[group] + self._extra))
         x = int8_rows.encode(x_MK) if self._extra else x_MK
-        return self._product(lambda i: header(id=i), (x,), expect, f"linear {group}")
+        return self._product(lambda i: messages.Linear(id=i, group=group, x=spec), (x,), expect, f"linear {group}")
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """See ``LinearOps.matmul``. The worker sees both activations.
@@ -88,9 +88,9 @@ class OpenOps:
                 y = codec.claim(reply, delivery.frames, expect, f"{operation} from {self._session.peer}").unverified()
                 if self._extra:
                     return int8_rows.decode(y)
-                # What travels in a datagram beside its header may begin anywhere.
-                aligned = y.data_ptr() % torch.float32.itemsize == 0
-                return y.to(torch.float32, copy=delivery.shared or not aligned)
+                if delivery.shared or y.data_ptr() % torch.float32.itemsize:  # in a datagram it may begin anywhere
+                    return y.to(torch.float32, copy=True)
+                return y if y.dtype == torch.float32 else y.float()
             finally:
                 delivery.release()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,13 +73,9 @@ class Session:
             kept: the frame may be read until the reply is taken, also after the link has failed; the worker may write
                 to it.
         """
-        dtype = codec.TORCH_DTYPES[spec.dtype]
-        size = math.prod(spec.shape) * dtype.itemsize
+        size = codec.size_of(spec)
         slot = self._transport.allocate(size, kept=kept) if size else None
-        if slot is not None:
-            return codec.tensor_of(spec, slot), slot
-        x = torch.empty(spec.shape, dtype=dtype)
-        return x, codec.frame_of(x)
+        return codec.empty(spec) if slot is None else (codec.tensor_of(spec, slot), slot)
 
     def framed(self, x: Tensor, dtype: torch.dtype) -> memoryview:
         """Return a frame of a tensor in a dtype, to submit: in shared memory if there is room, else in private memory.
@@ -89,7 +84,7 @@ class Session:
         """
         slot = self._transport.allocate(x.numel() * dtype.itemsize) if x.numel() else None
         if slot is None:
-            return codec.frame_of(x.to(dtype))
+            return codec.frame_of(x if x.dtype == dtype else x.to(dtype))
         try:
             codec.tensor_of(TensorSpec(codec.dtype_name(dtype), tuple(x.shape)), slot).copy_(x)
         except BaseException:
@@ -199,6 +194,7 @@ class Session:
             )
         if isinstance(reply, messages.Result):
             self.meter.compute_ns += reply.compute_ns
+            self.meter.copy_ns += reply.copy_ns
             if self.meter.recorder is not None:
                 self.meter.recorder.taken(request_id, reply.started_ns, reply.compute_ns)
         return reply, delivery

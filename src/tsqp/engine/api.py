@@ -165,9 +165,15 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The end, by an error: of the link, of a check, or of a request that cannot be carried out."""
+    """The end, by an error: of the link, of a check, or of a request that cannot be carried out.
+
+    Attributes:
+        error: what happened.
+        begun: whether the request had started; else it waited, in vain, as no worker can be used.
+    """
 
     error: TsqpError
+    begun: bool = True
 
 
 Event = PromptRead | Token | Finished | Failed
@@ -222,11 +228,12 @@ class Engine(Protocol):
         """How many tokens a prompt and its answer may have together."""
 
     def submit(self, generation: Generation, on_event: OnEvent) -> int:
-        """Queue one request; its events come in order, on the engine's thread, ending with ``Finished`` or ``Failed``.
+        """Queue one request; its events come in order, one at a time, ending with ``Finished`` or ``Failed``.
 
         Args:
             generation: what to continue.
-            on_event: called with each event; it must return at once and not raise.
+            on_event: called with each event, on the engine's thread or that of ``cancel`` or ``close``; it must return
+                at once, not raise, and not cancel.
 
         Returns:
             The request's number, for ``cancel``.

@@ -26,11 +26,12 @@ from tsqp.engine.api import (
     TokenLogprobs,
 )
 from tsqp.engine.blocks import BlockPool, PrefixCache
+from tsqp.engine.costs import Costs
 from tsqp.engine.memory import cache_blocks, chunk_tokens, memory
 from tsqp.engine.sampling import Sampler, prompt_logprobs
 from tsqp.engine.scheduler import Scheduler, Segment, split
 from tsqp.engine.text import TextStream
-from tsqp.engine.workers import Workers, one_each
+from tsqp.engine.workers import Revive, Workers, one_each
 from tsqp.errors import (
     InputError,
     InternalError,
@@ -40,7 +41,6 @@ from tsqp.errors import (
 )
 from tsqp.levels import Model
 from tsqp.loaded import OnStep, Stepper
-from tsqp.meter import Meter
 from tsqp.model.architecture import LlamaConfig
 from tsqp.model.attention import BLOCK_TOKENS
 from tsqp.model.paged_cache import PagedCache, SequencePart
@@ -49,6 +49,8 @@ from tsqp.model.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+# Between looks at a worker while nothing runs.
+_LOOK_S = 1.0
 
 
 @dataclass(slots=True, repr=False)
@@ -101,14 +103,10 @@ class GenerationEngine:
             max_queued=settings.max_queued,
         )
         self._active: dict[int, _Active] = {}
-        self._cancelled: set[int] = set()
         self._next = 1
-        self._closing = False
+        self._closing = self._stepping = False
         self._broken: TsqpError | None = None
-        self._counts = dict.fromkeys(("steps", "prompt", "completion", "reused", "rows"), 0)
-        self._step_s = self._sampling_s = 0.0
-        # What steps cost, as of the last one's end: in the middle of one, its waiting is metered and its time is not.
-        self._before, self._settled = workers.meter(), Meter()
+        self._costs = Costs(workers.meter())
         # Guards all above, but for the cache and the workers, which only the thread uses.
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="tsqp-engine", daemon=True)
@@ -149,15 +147,21 @@ class GenerationEngine:
         return number
 
     def cancel(self, number: int) -> None:
-        """See ``api.Engine``. A step that is being computed ends first."""
+        """See ``api.Engine``. Where a step is being computed for nobody now, a worker that hangs is not waited for."""
         with self._changed:
-            if number in self._active:
-                self._cancelled.add(number)
-                self._changed.notify_all()
+            if request := self._active.get(number):
+                self._cancel(request)
+
+    def _cancel(self, request: _Active) -> None:
+        self._scheduler.cancel(request.number)
+        self._end(request, "cancelled", "")
+        if self._stepping and not self._scheduler.running:
+            self._workers.given_up.set()
+        self._changed.notify_all()
 
     def stats(self) -> EngineStats:
         """See ``api.Engine``."""
-        meter, counts = self._workers.meter(), self._counts
+        meter, costs = self._workers.meter(), self._costs
         held, wanted = self._workers.pool()
         with self._changed:
             return EngineStats(
@@ -166,73 +170,67 @@ class GenerationEngine:
                 blocks_free=self._blocks.free,
                 blocks_total=self._blocks.count,
                 block_tokens=BLOCK_TOKENS,
-                steps=counts["steps"],
-                prompt_tokens=counts["prompt"],
-                completion_tokens=counts["completion"],
-                reused_tokens=counts["reused"],
-                batch_rows=counts["rows"],
+                steps=costs.steps,
+                prompt_tokens=costs.prompt,
+                completion_tokens=costs.completion,
+                reused_tokens=costs.reused,
+                batch_rows=costs.rows,
                 pool_held=held,
                 pool_wanted=wanted,
                 bytes_sent=meter.bytes_sent,
                 bytes_received=meter.bytes_received,
                 integrity_failures=self._workers.lies,
-                seconds=self._seconds(meter.mask_fill_ns / 1e9),
+                seconds=costs.seconds(self._cache.attention_ns / 1e9, meter.mask_fill_ns / 1e9),
                 ready=self._broken is None and not self._closing,
                 reason=str(self._broken or ("closing" if self._closing else "")),
             )
-
-    def _seconds(self, filling_s: float) -> dict[str, float]:
-        meter, names = self._settled, ("quantise", "mask", "check", "ahead", "mask_wait")
-        waited, worker = meter.waited_ns / 1e9, meter.compute_ns / 1e9
-        return {
-            "worker": min(worker, waited),
-            "wire": max(0.0, waited - worker),
-            "enclave": max(0.0, self._step_s - waited),
-            "attention": self._cache.attention_ns / 1e9,
-            "sampling": self._sampling_s,
-            **{name: getattr(meter, f"{name}_ns") / 1e9 for name in names},
-            "mask_fill": filling_s,
-        }
 
     def close(self, *, drain_s: float = 0.0) -> None:
         """See ``api.Engine``. May be called twice."""
         deadline = time.monotonic() + drain_s
         with self._changed:
             self._closing = True
+            self._changed.notify_all()
             while self._active and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
-            self._cancelled |= self._active.keys()
-            self._changed.notify_all()
+            for request in list(self._active.values()):
+                self._cancel(request)
+            self._workers.given_up.set()
         self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._active or self._closing or self._broken):
-                    self._changed.wait()
-                self._end_cancelled()
-                if self._closing and not self._active:
-                    return
+        while not self._is_over:
             try:
-                with self._changed:
-                    segments = self._scheduler.plan()
-                if self._broken is not None:
-                    self._recover()
-                elif segments:
-                    self._step(segments)
-            except TsqpError as error:
+                self._turn()
+            except TsqpError as error:  # noqa: PERF203  one try for each step
                 self._fail_all(bare(error))
             except Exception as error:  # noqa: BLE001  whoever waits must hear of a bug in this thread
                 # Only its type: a message may quote what was computed.
                 _log.error("a step failed (%s)", type(error).__name__)
                 self._fail_all(InternalError(f"a step failed ({type(error).__name__})."))
 
-    def _end_cancelled(self) -> None:
-        for number in self._cancelled & self._active.keys():
-            self._scheduler.cancel(number)
-            self._end(self._active[number], "cancelled", "")
-        self._cancelled.clear()
-        self._changed.notify_all()  # whoever waits for the last one to end
+    @property
+    def _is_over(self) -> bool:
+        return self._closing and not self._active
+
+    def _turn(self) -> None:
+        """Do what is next, once there is something to do."""
+        with self._changed:
+            self._stepping = False
+            is_idle = not self._changed.wait_for(lambda: self._active or self._closing or self._broken, _LOOK_S)
+            if self._is_over:
+                return
+            self._workers.given_up.clear()
+            segments = () if self._broken else self._scheduler.plan()
+            self._stepping = bool(segments)
+        if self._broken:
+            self._recover()
+        elif segments:
+            self._step(segments)
+        elif is_idle:
+            self._workers.look()
+            with self._changed:
+                self._costs.leave_out(self._workers.meter())
 
     def _step(self, segments: Sequence[Segment]) -> None:
         stepper = self._workers.stepper
@@ -248,31 +246,34 @@ class GenerationEngine:
             for group, logits_RV in zip(groups, logits, strict=True):
                 done = 0
                 for segment in group:
-                    rows = {"none": 0, "last": 1, "all": segment.count}[segment.wants]
-                    self._advance(segment, logits_RV[done : done + rows])
-                    done += rows
-            self._step_s += computed - started
-            self._settled = self._workers.meter().since(self._before)
-            self._sampling_s += time.perf_counter() - computed
-            self._counts["steps"] += 1
-            self._counts["rows"] = sum(segment.count for segment in segments)
+                    kept = {"none": 0, "last": 1, "all": segment.count}[segment.wants]
+                    self._advance(segment, logits_RV[done : done + kept])
+                    done += kept
+            rows = sum(segment.count for segment in segments)
+            self._costs.add(rows, computed - started, time.perf_counter() - computed, self._workers.meter())
             self._changed.notify_all()
 
     def _advance(self, segment: Segment, logits_RV: Tensor) -> None:
-        request = self._active[segment.number]
+        request = self._active.get(segment.number)
+        if request is None:  # cancelled meanwhile
+            return
         try:
             self._use(request, segment, logits_RV)
         except TsqpError as error:
-            self._scheduler.cancel(request.number)
-            self._tell(request, Failed(bare(error)))
-            del self._active[request.number]
+            self._fail(request, error)
+
+    def _fail(self, request: _Active, error: TsqpError) -> None:
+        begun = not self._scheduler.waits(request.number)
+        self._scheduler.cancel(request.number)
+        del self._active[request.number]
+        self._tell(request, Failed(bare(error), begun))
 
     def _use(self, request: _Active, segment: Segment, logits_RV: Tensor) -> None:
         """Take a segment's logits: of a prompt's tokens, and of what follows it."""
         generation, end = request.generation, segment.first + segment.count
         prompt = generation.prompt_ids
         if segment.first < len(prompt):
-            self._counts["prompt"] += segment.count
+            self._costs.prompt += segment.count
             if segment.wants == "all":
                 following = prompt[segment.first + 1 : end + 1]
                 top = generation.sampling.logprobs or 0
@@ -281,7 +282,7 @@ class GenerationEngine:
                 self._scheduler.advanced(segment, None)
                 return
             reused = self._scheduler.reused(request.number)
-            self._counts["reused"] += reused
+            self._costs.reused += reused
             known = tuple(request.prompt_logprobs) if generation.prompt_logprobs else ()
             self._tell(request, PromptRead(known, reused))
         if not generation.max_tokens:
@@ -293,7 +294,7 @@ class GenerationEngine:
         generation = request.generation
         chosen = request.sampler.choose(logits_V)
         request.generated += 1
-        self._counts["completion"] += 1
+        self._costs.completion += 1
         is_end = chosen.token in self._tokenizer.conventions.end_ids and not generation.ignore_end
         text = "" if is_end else request.text.push(chosen.token)
         self._tell(request, Token(chosen.token, text, chosen.logprobs))
@@ -322,30 +323,34 @@ class GenerationEngine:
             _log.warning("a listener failed (%s)", type(error).__name__)
 
     def _fail_all(self, error: TsqpError) -> None:
-        """End every request with an error: products that were computed together failed together."""
+        """End every request that has started: products that were computed together failed together.
+
+        Those that wait have used nothing of what failed, and go on waiting; but where nobody has started, nobody can.
+        """
         broken = self._workers.blame(error)
         with self._changed:
             self._broken = broken
-            for number, request in list(self._active.items()):
-                self._scheduler.cancel(number)
-                del self._active[number]
-                self._tell(request, Failed(error))
+            begun = [each for each in self._active.values() if not self._scheduler.waits(each.number)]
+            for request in begun or ([] if broken else list(self._active.values())):
+                self._fail(request, error)
             self._changed.notify_all()
 
     def _recover(self) -> None:
-        """Go on with a worker that can be used, sooner or later; until then, say why there is none."""
+        """Go on with a worker that can be used, sooner or later; until then, tell everybody why there is none."""
         try:
-            opened_anew = self._workers.recover(lambda: self._closing)
+            opened_anew = self._workers.recover(lambda: self._is_over)
         except TsqpError as error:
             with self._changed:
                 self._broken = bare(error)
+                for request in list(self._active.values()):
+                    self._fail(request, error)
                 if not self._closing:
                     self._changed.wait(_RETRY_S)
             return
         with self._changed:
             if opened_anew and self._prefixes is not None:
                 self._prefixes.clear()  # computed with another worker, perhaps one that lied
-            self._before = self._workers.meter().since(self._settled)  # what failed and what opening cost is no step's
+            self._costs.leave_out(self._workers.meter())  # what failed, and opening
             self._broken = None
 
 
@@ -357,6 +362,7 @@ def open_engine(
     *,
     on_step: OnStep = lambda _name, _done: None,
     on_notice: Callable[[str], None] = lambda _sentence: None,
+    revive: Revive | None = None,
 ) -> Iterator[GenerationEngine]:
     """Load a model at its level and run an engine for the time of a ``with`` block.
 
@@ -366,6 +372,7 @@ def open_engine(
         settings: workers, memory, numbers of requests; by default one worker, that of ``config``.
         on_step: told the fraction done of a named step.
         on_notice: told in a sentence what the user should know, also later, when another worker is used.
+        revive: see ``Workers``.
 
     Raises:
         TsqpError: as loading or connecting does, where no worker can be used.
@@ -380,7 +387,8 @@ def open_engine(
         config = replace(config, mask_pool=sizes.mask_rows)
     reuse = settings.reuse_prefixes or ("off" if config.level == "masked" else "on")
     with ExitStack() as stack:
-        workers = stack.enter_context(closing(Workers(model, one_each(config, settings), sizes.head_rows, on_notice)))
+        each = one_each(config, settings)
+        workers = stack.enter_context(closing(Workers(model, each, sizes.head_rows, on_notice, revive)))
         workers.open(on_step)
         yield stack.enter_context(
             closing(

@@ -6,8 +6,10 @@ A step has one row for each request that is generating, and chunks of the prompt
   takes them all at once. Taking blocks as an answer grows would admit more requests at first; then all could stand
   with full caches, each waiting for a block of another, and one would have to lose its work. The price is that blocks
   reserved for tokens that a stop text cuts off lie idle until the request ends.
-- **First come, first served.** Requests start in the order they came, and none overtakes a larger one before it: so
-  each starts once those that started before it have ended, at the latest.
+- **Owners take turns, and each is served first come, first served.** While a request waits as the first of its owner,
+  each other owner starts one at most, however many wait. None overtakes a larger one whose turn it is: that one starts
+  once those that started before it have ended, at the latest. The queue is bounded for each owner, so that nobody finds
+  it full of others' requests; how many owners there are is the server's choice.
 - **Fair.** A generating request has one token in each step. Prompts being read take turns: in each step the one whose
   turn it is has a chunk whatever the number of rows, others where they fit. So a prompt that has started has a chunk
   in one of as many consecutive steps as there are prompts being read.
@@ -100,7 +102,7 @@ class Scheduler:
         chunk_tokens: of a prompt, in one step.
         step_rows: of a step, unless generating requests and one chunk are more.
         max_running: requests that have blocks.
-        max_queued: requests that wait for them.
+        max_queued: requests of one owner that wait for them.
 
     Raises:
         ConfigError: a number below 1, or chunks of no whole number of blocks where prefixes are reused.
@@ -134,11 +136,12 @@ class Scheduler:
         self._step_rows = step_rows
         self._max_running = max_running
         self._max_queued = max_queued
-        self._queue: dict[int, Generation] = {}
+        # What waits, by owner; the first owner has the next turn.
+        self._queues: dict[str, dict[int, Generation]] = {}
         self._running: dict[int, _Running] = {}
         # Whose prompts are not computed yet; the first has the next turn.
         self._reading: list[_Running] = []
-        # The request that waits longest did not fit, and nothing has become free since.
+        # The request whose turn it is did not fit, and nothing has become free since.
         self._is_full = False
 
     def __repr__(self) -> str:
@@ -152,7 +155,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """How many requests wait for blocks."""
-        return len(self._queue)
+        return sum(map(len, self._queues.values()))
 
     @property
     def most_rows(self) -> int:
@@ -172,10 +175,10 @@ class Scheduler:
 
         Raises:
             InputError: the prompt and ``max_tokens`` together are more than the whole cache holds.
-            QueueFullError: too many requests wait.
+            QueueFullError: too many requests of its owner wait.
             InternalError: the number is in use.
         """
-        if number in self._queue or number in self._running:
+        if number in self._running or self.waits(number):
             raise InternalError(f"request {number} was added twice.")
         prompt, room = len(generation.prompt_ids), self._blocks.count * self._blocks.tokens
         if prompt + generation.max_tokens > room:
@@ -184,9 +187,11 @@ class Scheduler:
                 f"{prompt + generation.max_tokens} tokens; the cache holds {room}. Shorten the prompt, lower "
                 "max_tokens, or start the server with a larger cache."
             )
-        if len(self._queue) >= self._max_queued:
-            raise QueueFullError(f"{len(self._queue)} requests wait, as many as may; try again later.")
-        self._queue[number] = generation
+        waiting = self._queues.get(generation.owner, {})
+        if len(waiting) >= self._max_queued:
+            raise QueueFullError(f"{len(waiting)} requests of yours wait, as many as may; try again later.")
+        waiting[number] = generation
+        self._queues[generation.owner] = waiting
 
     def plan(self) -> tuple[Segment, ...]:
         """Start what can start, and return the next step; empty where there is nothing to do.
@@ -243,14 +248,24 @@ class Scheduler:
 
     def cancel(self, number: int) -> bool:
         """End a request, whether it waits or runs; its blocks are free at once. Return whether there was one."""
-        if number in self._queue:
-            del self._queue[number]
+        owner = self._waiting_owner(number)
+        if owner is not None:
+            del self._queues[owner][number]
+            if not self._queues[owner]:
+                del self._queues[owner]
             self._is_full = False
         elif number in self._running:
             self._release(self._running[number])
         else:
             return False
         return True
+
+    def waits(self, number: int) -> bool:
+        """Tell whether a request waits for its blocks: nothing of it has been computed."""
+        return self._waiting_owner(number) is not None
+
+    def _waiting_owner(self, number: int) -> str | None:
+        return next((owner for owner, waiting in self._queues.items() if number in waiting), None)
 
     def _get(self, number: int) -> _Running:
         if number not in self._running:
@@ -265,13 +280,16 @@ class Scheduler:
         self._is_full = False
 
     def _admit(self) -> None:
-        while self._queue and len(self._running) < self._max_running and not self._is_full:
-            number, generation = next(iter(self._queue.items()))
+        while self._queues and len(self._running) < self._max_running and not self._is_full:
+            owner, waiting = next(iter(self._queues.items()))
+            number, generation = next(iter(waiting.items()))
             request = self._reserve(number, generation)
             if request is None:
                 self._is_full = True
                 return
-            del self._queue[number]
+            del self._queues[owner], waiting[number]
+            if waiting:
+                self._queues[owner] = waiting  # behind the others
             self._running[number] = request
             self._reading.append(request)
 

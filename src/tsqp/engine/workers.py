@@ -14,13 +14,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig
+from tsqp.enclave.waiting import Impatient
 from tsqp.errors import ConfigError, HostileError, InternalError, TransportError, TsqpError, bare
 from tsqp.levels import Model, check_peers, runnable
 from tsqp.loaded import OnStep, Runnable, Stepper
 from tsqp.meter import Meter
+from tsqp.transport.base import ClientTransport
 from tsqp.transport.urls import parse
 
 _log = logging.getLogger(__name__)
+
+Revive = Callable[[Callable[[], bool]], None]
 
 
 def one_each(config: EnclaveConfig, engine: EngineConfig) -> tuple[EnclaveConfig, ...]:
@@ -56,16 +60,18 @@ def one_each(config: EnclaveConfig, engine: EngineConfig) -> tuple[EnclaveConfig
 
 
 class Workers:
-    """A model at its level, on one worker at a time. Only ``meter``, ``pool`` and ``lies`` are for any thread.
+    """A model at its level, on one worker at a time. Its attributes, ``meter`` and ``pool`` are for any thread.
 
     Args:
         model: from ``levels.open_model``.
         configs: the settings for each worker, from ``one_each``; the first that can be used is.
         head_rows: how many rows of the head the mask pool keeps, where there is one.
         on_notice: told in a sentence what the user should know.
+        revive: starts the worker again where it is this process's own and has ended; see ``launch.OwnWorker``.
 
     Attributes:
         lies: how often a worker or a dealer sent what it must not.
+        given_up: set while nobody wants what is waited for: a worker that does not answer is given up soon then.
     """
 
     def __init__(
@@ -74,9 +80,12 @@ class Workers:
         configs: Sequence[EnclaveConfig],
         head_rows: int = 0,
         on_notice: Callable[[str], None] = lambda _sentence: None,
+        revive: Revive | None = None,
     ) -> None:
         self._model, self._configs, self._head_rows, self._on_notice = model, configs, head_rows, on_notice
+        self._revive = revive or (lambda _is_over: None)
         self.lies = 0
+        self.given_up = threading.Event()
         self._level = ExitStack()
         self._loaded: Runnable | None = None
         self._past = Meter()
@@ -134,8 +143,22 @@ class Workers:
         kinds = {type(error) for error in self._refusals.values()}
         raise self._nobody(kinds.pop() if len(kinds) == 1 else TransportError)
 
+    def look(self) -> None:
+        """Look whether a step could be computed, while none is.
+
+        Raises:
+            TsqpError: it could not; to be given to ``blame``.
+        """
+        try:
+            self.stepper.look()
+        except InternalError as error:  # of what fills the pool, which has ended: another opening has another
+            self._tell(str(error))
+            self._refuse(self._at, error)
+            self._close_level()
+            raise
+
     def blame(self, error: TsqpError) -> TsqpError | None:
-        """Take note that a step failed. After a lie whoever may have told it is out of use: dealers, if any, too.
+        """Take note that a step or a look failed. After a lie whoever may have told it is out of use, dealers too.
 
         Returns:
             Why nothing can be computed until ``recover``; None where the error was of that step alone.
@@ -157,7 +180,7 @@ class Workers:
         """Serve again: over a new link to the same worker, or on the next one that can be used.
 
         Args:
-            is_over: asked before each worker whether to give up.
+            is_over: asked before each worker, and while one is opened, whether to give up.
 
         Returns:
             Whether the level was opened anew: then nothing that was computed before may be used again.
@@ -169,6 +192,7 @@ class Workers:
         first = self._at
         if self._loaded is not None and self._at in self._usable():
             try:
+                self._revive(is_over)
                 if self.stepper.reopen():
                     self._refusals.pop(self._at, None)
                     self._tell(f"serving with worker {self._name(self._at)} again.")
@@ -179,15 +203,20 @@ class Workers:
                     raise self._gone() from None
                 first += 1
         self._close_level()
-        for at in self._in_turn(first):
+
+        def stop(_name: str = "", _done: float = 0.0) -> None:
             if is_over():
-                break
+                raise TransportError("opening it was given up, as nobody waits for it any more.")
+
+        for at in self._in_turn(first):
             try:
-                self._open(at)
-            except Exception as error:  # noqa: BLE001  as above
+                stop()
+                self._revive(is_over)
+                self._open(at, stop)
+            except Exception as error:  # noqa: BLE001, PERF203  as above; one try for each worker
                 self._refuse(at, error)
             else:
-                self._tell(f"serving with worker {self._name(at)} now. {self._reasons()}")
+                self._tell(f"serving with worker {self._name(at)} now. {self._reasons()}".strip())
                 return True
         raise self._gone()
 
@@ -204,7 +233,14 @@ class Workers:
         config = self._configs[at]
         with ExitStack() as stack:
             loaded = stack.enter_context(
-                runnable(config.level, self._model, config, on_step=on_step, on_notice=on_notice)
+                runnable(
+                    config.level,
+                    self._model,
+                    config,
+                    wrap=lambda _peer: self._impatient,
+                    on_step=on_step,
+                    on_notice=on_notice,
+                )
             )
             stepper = _stepper(loaded, config.level)
             if stepper.pool is not None:
@@ -214,6 +250,9 @@ class Workers:
         with self._lock:
             self._loaded, self._at = loaded, at
         self._refusals.pop(at, None)
+
+    def _impatient(self, link: ClientTransport) -> ClientTransport:
+        return Impatient(link, self.given_up.is_set)
 
     def _close_level(self) -> None:
         try:

@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from tsqp.config import ServeConfig
+from tsqp.config import DEFAULT_TOKENS, ServeConfig
 from tsqp.engine.api import Engine
 from tsqp.serve import padding
 from tsqp.serve.bodies import error_response, json_response
@@ -31,7 +31,12 @@ View = AsyncIterable[Mapping[str, object]]
 
 
 def create_app(
-    engine: Engine, served_model: ServedModel, settings: ServeConfig, *, view: View | None = None
+    engine: Engine,
+    served_model: ServedModel,
+    settings: ServeConfig,
+    *,
+    default_tokens: int = DEFAULT_TOKENS,
+    view: View | None = None,
 ) -> FastAPI:
     """Return the application. It does not close the engine; ``app.state.stopping`` ends streams that have no end.
 
@@ -39,6 +44,7 @@ def create_app(
         engine: that continues prompts.
         served_model: what clients see of its model.
         settings: limits, keys and padding.
+        default_tokens: how long an answer to a chat may be that names no limit.
         view: what a demonstration worker sees, for the page: JSON-able events, a new iteration for each reader. None
             offers nothing at ``/view``.
 
@@ -55,7 +61,7 @@ def create_app(
     )
     app.state.stopping = asyncio.Event()
     _add_health(app, engine)
-    _add_api(app, Service(engine, served_model, settings, metrics), served_model)
+    _add_api(app, Service(engine, served_model, settings, metrics, default_tokens), served_model)
     _add_own(app, engine, served_model, metrics, offers_view=view is not None)
     if view is not None:
         _add_view(app, view)

@@ -49,6 +49,12 @@ class Metrics:
         self.in_flight = Gauge(
             "tsqp_http_generations_in_flight", "HTTP requests for text that run.", registry=self._registry
         )
+        self.failed = Counter(
+            "tsqp_generations_failed",
+            "HTTP requests for text that were queued and ended with an error.",
+            ("code",),
+            registry=self._registry,
+        )
         self.first_token_s = Histogram(
             "tsqp_time_to_first_token_seconds",
             "From a request's submission to its first token.",

@@ -64,13 +64,13 @@ def chat_prompt(request: ChatRequest, model: ServedModel) -> Prompt:
     return Prompt(ids, text)
 
 
-def answer_tokens(prompt: Prompt, asked: int | None, default: int | None, room: int) -> int:
+def answer_tokens(prompt: Prompt, asked: int | None, default: int, room: int) -> int:
     """Return how many tokens may be generated after a prompt.
 
     Args:
         prompt: that is continued.
         asked: what the client wants; None where it does not say.
-        default: what that means; None means all there is room for.
+        default: what that means, where there is room for it.
         room: for prompt and answer together.
 
     Raises:
@@ -86,7 +86,7 @@ def answer_tokens(prompt: Prompt, asked: int | None, default: int | None, room: 
             code="context_length_exceeded",
         )
     left = room - count
-    return asked if asked is not None else min(left, default if default is not None else left)
+    return asked if asked is not None else min(left, default)
 
 
 def as_generation_error(error: InputError) -> ApiError:

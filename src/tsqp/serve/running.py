@@ -11,6 +11,7 @@ from functools import partial
 
 from tsqp.engine.api import Engine, Event, Failed, Finished, Generation, Token
 from tsqp.errors import TsqpError
+from tsqp.serve.errors import ApiError
 from tsqp.serve.metrics import Metrics
 
 
@@ -19,7 +20,7 @@ class Running:
 
     Args:
         engine: that continues them.
-        metrics: told the times of tokens.
+        metrics: told the times of tokens, and failures.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
@@ -64,6 +65,11 @@ class Running:
             elif isinstance(event, Token):
                 self._measure(place)
             yield place, event
+
+    def failed(self, error: ApiError) -> ApiError:
+        """Count an error that ends the request and return it; the status of a stream, which was sent, does not tell."""
+        self._metrics.failed.labels(error.code or error.kind).inc()
+        return error
 
     def _submit(self, generations: Sequence[Generation]) -> None:
         for place, generation in enumerate(generations):

@@ -60,7 +60,7 @@ class _Plan:
     asked: Asked
     prompts: Sequence[Prompt]
     max_tokens: int | None
-    default_tokens: int | None
+    default_tokens: int
     logprobs: int | None
     echo: bool = False
 
@@ -73,10 +73,14 @@ class Service:
         model: what it runs.
         settings: limits and padding.
         metrics: told the times of tokens.
+        default_tokens: how long an answer to a chat may be that names no limit.
     """
 
-    def __init__(self, engine: Engine, model: ServedModel, settings: ServeConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, model: ServedModel, settings: ServeConfig, metrics: Metrics, default_tokens: int
+    ) -> None:
         self._engine, self._model, self._settings, self._metrics = engine, model, settings, metrics
+        self._default_tokens = default_tokens
         self._padded = (settings.padding or ("on" if model.level == "masked" else "off")) == "on"
 
     def require_model(self, name: str) -> None:
@@ -118,7 +122,7 @@ class Service:
     def _chat_plan(self, asked: ChatRequest) -> _Plan:
         most = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         logprobs = asked.top_logprobs if asked.logprobs else None
-        return _Plan(asked, [chat_prompt(asked, self._model)], most, None, logprobs)
+        return _Plan(asked, [chat_prompt(asked, self._model)], most, self._default_tokens, logprobs)
 
     def _job(self, request: Request, plan: _Plan, form: Form) -> _Job:
         asked = plan.asked
@@ -186,11 +190,11 @@ async def _pieces(job: _Job, running: Running) -> AsyncIterator[tuple[Choice, Pi
     """
     async for place, event in running.events():
         if isinstance(event, Failed):
-            raise from_engine(event.error)
+            raise running.failed((from_engine if event.begun else at_submission)(event.error))
         choice = job.choices[place]
         piece = choice.advance(event)
         if piece is not None and piece.finish == "cancelled":
-            raise stopping()
+            raise running.failed(stopping())
         if piece is not None:
             yield choice, piece
 

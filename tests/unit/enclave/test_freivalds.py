@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import random
-import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,27 +121,59 @@ def test_what_is_checked_is_scaled_back(rows: int, biased: bool) -> None:  # noq
         assert torch.equal(out_MN, real_MN.view(torch.int32))  # the same bits
 
 
-def test_what_was_checked_is_what_is_returned() -> None:
+FLIPPER = """
+import mmap, sys
+def flip(path, at):
+    with open(path, "r+b") as file:
+        words = memoryview(mmap.mmap(file.fileno(), 0)).cast("I")
+    true, other = words[at], words[at] ^ 1 << 30
+    print(flush=True)
+    while True:
+        words[at] = other
+        words[at] = true
+flip(sys.argv[1], int(sys.argv[2]))
+"""
+
+
+@contextmanager
+def flipped(words_MN: Tensor, at: int, directory: Path) -> Iterator[Tensor]:
+    """Yield words in memory in which another process changes one, there and back, all the time."""
+    path = directory / "words"
+    path.write_bytes(words_MN.numpy().tobytes())
+    with path.open("r+b") as file:
+        shared = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.int32).view_as(words_MN)
+    with subprocess.Popen([sys.executable, "-c", FLIPPER, path, str(at)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"\n"
+            yield shared
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("scaled", ["integers", "scaled"])
+@pytest.mark.parametrize("masks", [(), (7,), (2, 5)])
+def test_what_was_checked_is_what_is_returned(masks: tuple[int, ...], scaled: str, tmp_path: Path) -> None:
     """A peer that changes shared words all the time gets an error or a product that is right, and no third thing."""
-    product = Product()
-    shared, true = product.y_MN.clone(), product.y_MN.clone()
-    stop = threading.Event()
-
-    def flip() -> None:
-        while not stop.is_set():
-            shared[3, 5] ^= 1 << 30
-
-    peer = threading.Thread(target=flip)
-    peer.start()
-    try:
-        for seed in range(200):
-            checker = checker_of(product.codes_NK, seed=seed)
-            with suppress(IntegrityError):
-                y_MN = checker.verified(Claim(shared, ""), checker.expect(product.xq_MK), PEERS)
-                assert torch.equal(y_MN, true)
-    finally:
-        stop.set()
-        peer.join()
+    generator = torch.Generator().manual_seed(4)
+    codes_NK = torch.randint(-127, 128, (1030, 40), generator=generator).to(torch.int8)
+    xq_MK = torch.randint(-10000, 10000, (7, 40), generator=generator).to(torch.int32)
+    true_MN = ring.multiply(xq_MK, ring.lay_out(codes_NK))
+    u = torch.randint(-(1 << 31), 1 << 31, true_MN.shape, generator=generator).int().split(masks) if masks else ()
+    scaling = Scaling(torch.rand(7, 1, dtype=torch.float64), torch.rand(1030), None) if scaled == "scaled" else None
+    expected_MN = true_MN if scaling is None else dequantize(true_MN, scaling)
+    accepted = refused = 0
+    with flipped(true_MN + torch.cat(u) if u else true_MN, 3 * 1030 + 5, tmp_path) as shared_MN:
+        while min(accepted, refused) < 10:
+            checker = checker_of(codes_NK, seed=accepted + refused)
+            expectation = checker.expect(xq_MK, u, scaling)
+            try:
+                y_MN = checker.verified(Claim(shared_MN, ""), expectation, PEERS)
+            except IntegrityError:
+                refused += 1
+            else:
+                assert torch.equal(y_MN, expected_MN)
+                accepted += 1
 
 
 def test_draws_cover_the_field_and_skip_q() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tsqp.enclave.session import Session
 from tsqp.errors import ProtocolError
 from tsqp.model.architecture import norm_shapes, parse_config
 from tsqp.transport.base import Buffer, Delivery
-from tsqp.wire import codec, messages
+from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.codec import RequestFrames
 from tsqp.wire.messages import AnyReply, TensorSpec
 
@@ -104,6 +105,50 @@ def test_matmul_sends_both_operands_in_row_order() -> None:
     assert asked.header == messages.MatMul(id=1, a=TensorSpec("float32", (2, 2, 3)), b=TensorSpec("float32", (2, 3, 5)))
     assert torch.equal(asked.tensors[0], a)
     assert torch.equal(asked.tensors[1], b)
+
+
+class SharedTransport(AnsweringTransport):
+    """One whose replies lie in memory that the worker changes as soon as it has it back."""
+
+    def receive(self, timeout_s: float) -> Delivery:
+        header, *tensors = super().receive(timeout_s).frames
+        shared = [bytearray(frame) for frame in tensors]
+
+        def release() -> None:
+            self._release()
+            for memory in shared:
+                memory[:] = b"\x55" * len(memory)
+
+        return Delivery([header, *[memoryview(each) for each in shared]], shared=True, release=release)
+
+
+@pytest.mark.parametrize(
+    ("operation", "dtype"),
+    [
+        *product(("linear", "embedding", "matmul", "state"), (torch.float32, torch.bfloat16, torch.float16)),
+        *product(("linear", "embedding", "state"), (torch.int8,)),  # which carries no attention products
+    ],
+)
+def test_results_are_copied_out_of_memory_that_the_worker_can_change(operation: str, dtype: torch.dtype) -> None:
+    x_MK, ids_M = torch.arange(16.0).view(2, 8), torch.tensor([1, 2])
+    columns = {"linear": 24, "embedding": 8, "matmul": 3, "state": 0}[operation]
+    y_MN = torch.arange(2.0 * columns).view(2, columns)
+    state = {name: torch.rand(shape) for name, shape in norm_shapes(CONFIG).items()}
+    sent = int8_rows.encode(y_MN) if dtype == torch.int8 and columns else y_MN.to(dtype)
+    worker = SharedTransport(state_answer(state) if operation == "state" else answering(sent))
+    ops = OpenOps(Session(worker, 30.0), CONFIG, dtype)
+    expected = int8_rows.decode(sent) if dtype == torch.int8 and columns else sent.float()
+    match operation:
+        case "linear":
+            assert torch.equal(ops.linear("layers.0.qkv", x_MK)(), expected)
+        case "embedding":
+            assert torch.equal(ops.embedding(ids_M)(), expected)
+        case "matmul":
+            assert torch.equal(ops.matmul(x_MK, torch.ones(8, 3)), expected)
+        case _:
+            came = ops.state()
+            assert all(torch.equal(came[name], value) for name, value in state.items())
+    assert worker.released == 1
 
 
 HONEST = torch.zeros(2, 24)

@@ -90,7 +90,7 @@ def linear(request_id: int) -> AnyRequest:
 
 
 def result(request_id: int, spec: TensorSpec = SPEC) -> messages.Result:
-    return messages.Result(id=request_id, y=spec, compute_ns=11)
+    return messages.Result(id=request_id, y=spec, compute_ns=11, copy_ns=4)
 
 
 EXPECTED = Expected(serves="open", digest="d" * 64, dtype="float32", groups=linear_groups(CONFIG))
@@ -131,7 +131,7 @@ def test_the_meter_counts_bytes_round_trips_and_the_workers_time(session: Sessio
     assert session.meter.round_trips == 2
     assert session.meter.bytes_sent == 2 * (header + 8)
     assert session.meter.bytes_received == 2 * (reply + 8)
-    assert session.meter.compute_ns == 22
+    assert (session.meter.compute_ns, session.meter.copy_ns) == (22, 8)
     assert session.meter.waited_ns > 0
 
 

@@ -1,4 +1,4 @@
-"""The scheduler: nothing stuck, nobody overtaken, no block lost or used twice, and no request changed by others."""
+"""The scheduler: nothing stuck, owners in turn, no block lost or used twice, and no request changed by others."""
 
 from __future__ import annotations
 
@@ -242,11 +242,45 @@ def test_too_many_waiting_requests_are_refused() -> None:
     engine.step()
     engine.add(ask(1))
     last = engine.add(ask(1))
-    with pytest.raises(QueueFullError, match="2 requests wait"):
+    with pytest.raises(QueueFullError, match="2 requests of yours wait"):
         engine.add(ask(1))
+    engine.add(ask(1, owner="bob"))  # whose queue is his own
+    assert engine.scheduler.queued == 3
     engine.cancel(last)
     engine.add(ask(1))
-    assert engine.scheduler.queued == 2
+    assert engine.scheduler.queued == 3
+
+
+def test_owners_take_turns_and_none_twice_before_another_once() -> None:
+    engine = Engine(max_running=1)
+    for owner in ("ann", "ann", "ann", "bob", "bob"):
+        engine.add(ask(1, owner=owner))
+    engine.step()  # ann's first starts
+    engine.add(ask(1, owner="cy"))
+    engine.drain()
+    assert engine.started == [0, 3, 1, 5, 4, 2]
+
+
+def test_who_comes_back_is_behind_those_who_wait() -> None:
+    engine = Engine(max_running=1)
+    engine.add(ask(1, owner="ann"))
+    engine.add(ask(1, owner="bob"))
+    engine.step()
+    engine.add(ask(1, owner="ann"))
+    engine.drain()
+    assert engine.started == [0, 1, 2]
+
+
+def test_an_owner_who_leaves_the_queue_leaves_no_turn_behind() -> None:
+    engine = Engine(max_running=1)
+    for owner in ("ann", "bob", "cy"):
+        engine.add(ask(1, owner=owner))
+    engine.step()
+    assert (engine.scheduler.waits(0), engine.scheduler.waits(1)) == (False, True)
+    engine.cancel(1)
+    assert not engine.scheduler.waits(1)
+    engine.drain()
+    assert engine.started == [0, 2]
 
 
 @pytest.mark.parametrize("name", ["chunk_tokens", "step_rows", "max_running", "max_queued"])
@@ -435,7 +469,9 @@ def test_no_block_is_lost_or_used_twice(
         assert engine.scheduler.running <= max_running
         engine.check_blocks()
     assert sorted(engine.ended) == list(range(len(requests)))
-    assert engine.started == sorted(engine.started)  # in the order they came
+    for owner in {generation.owner for generation in requests}:
+        own = [number for number in engine.started if engine.generations[number].owner == owner]
+        assert own == sorted(own)  # in the order they came
     if engine.prefixes is not None:
         assert engine.pool.free + engine.prefixes.held == count
         engine.prefixes.clear()
@@ -487,6 +523,36 @@ def test_everyone_has_a_share_of_every_step(
             assert waits[number][0] < waits[number][1]
     assert engine.steps <= sum(steps_of(generation) for generation in requests)
     assert all(len(engine.seen[number]) == steps_of(generation) for number, generation in enumerate(requests))
+
+
+@PROPERTY
+@given(
+    requests=st.lists(requests, min_size=1, max_size=30),
+    seed=st.integers(0, 1 << 32),
+    count=st.integers(15, 40),
+    max_running=st.integers(1, 6),
+)
+def test_no_owner_waits_for_more_than_one_request_of_each_other(
+    requests: list[Generation], seed: int, count: int, max_running: int
+) -> None:
+    """The k-th that an owner has waiting starts once at most k of each other owner have started after it came."""
+    random = Random(seed)
+    engine = Engine(count, max_running=max_running)
+    came: dict[int, tuple[int, int]] = {}  # how many had started by then, and how many of its owner waited with it
+    todo = list(requests)
+    while todo or engine.scheduler.queued or engine.scheduler.running:
+        while todo and random.random() < 0.7:
+            number = engine.add(todo.pop(0))
+            owner = engine.generations[number].owner
+            came[number] = len(engine.started), len(engine.scheduler._queues[owner])
+        if engine.generations and random.random() < 0.1:
+            engine.cancel(random.randrange(len(engine.generations)))
+        engine.step()
+    for at, number in enumerate(engine.started):
+        before, place = came[number]
+        others = Counter(engine.generations[each].owner for each in engine.started[before:at])
+        del others[engine.generations[number].owner]
+        assert max(others.values(), default=0) <= place
 
 
 @PROPERTY

@@ -29,7 +29,7 @@ from tsqp.errors import (
     TsqpError,
 )
 from tsqp.levels import Model
-from tsqp.loaded import Runnable, Stepper
+from tsqp.loaded import OnStep, Runnable, Stepper
 from tsqp.meter import Meter
 from tsqp.model.llama import Llama
 
@@ -46,25 +46,36 @@ class Places:
         errors: what opening raises, by address.
         reopening: what opening a lost link again does.
         events: what happened, in order.
+        progress: called while one is being opened.
+        looking: what looking does.
     """
 
     errors: dict[str, Exception] = field(default_factory=dict)
     reopening: Callable[[], bool] = lambda: True
     events: list[str] = field(default_factory=list)
+    progress: Callable[[], None] = lambda: None
+    looking: Callable[[], object] = lambda: None
 
     @contextmanager
-    def runnable(self, _level: str, _model: Model, config: EnclaveConfig, **_options: object) -> Iterator[Runnable]:
+    def runnable(
+        self, _level: str, _model: Model, config: EnclaveConfig, *, on_step: OnStep, **_options: object
+    ) -> Iterator[Runnable]:
         name = str(config.worker)
         self.events.append(f"try {name}")
+        self.progress()
+        on_step("reading the codes", 0.5)
         if error := self.errors.get(name):
             raise error
         self.events.append(f"open {name}")
-        stepper = Stepper(cast("Llama", None), reopen=self._reopen)
+        stepper = Stepper(cast("Llama", None), reopen=self._reopen, look=self._look)
         yield Runnable(cast("Any", None), Meter(bytes_sent=100), stepper=stepper)
         self.events.append(f"close {name}")
 
     def _reopen(self) -> bool:
         return self.reopening()
+
+    def _look(self) -> None:
+        self.looking()
 
 
 @pytest.fixture
@@ -243,6 +254,72 @@ def test_who_gives_up_tries_no_further_worker(places: Places) -> None:
     with pytest.raises(TransportError):
         workers.recover(lambda: True)
     assert "try b:1" not in places.events
+
+
+def test_who_gives_up_while_a_worker_is_opened_does_not_wait_for_the_rest(places: Places) -> None:
+    workers = opened(2)
+    workers.blame(LIE)
+    over: list[bool] = []
+    places.progress = lambda: over.append(True)
+    with pytest.raises(TransportError, match="given up"):
+        workers.recover(lambda: bool(over))
+    assert places.events[2:] == ["close a:1", "try b:1"]
+
+
+@pytest.mark.parametrize("lost", [LOST, LIE])
+def test_a_worker_of_our_own_that_has_ended_is_started_before_it_is_used_again(places: Places, lost: TsqpError) -> None:
+    """After a lie it never is."""
+    config = EnclaveConfig(level="verified", worker="a:1")
+    absent: list[TsqpError] = []
+
+    def revive(is_over: Callable[[], bool]) -> None:
+        places.events.append("revive")
+        assert not is_over()
+        for error in absent:
+            raise error
+
+    workers = Workers(cast("Model", None), [config], revive=revive)
+    workers.open(lambda _name, _done: None)
+    assert places.events == ["try a:1", "open a:1"]  # whoever made it has just started it
+    workers.blame(lost)
+    if lost is LIE:
+        with pytest.raises(IntegrityError):
+            workers.recover(never)
+        assert places.events[2:] == ["close a:1"]
+        return
+
+    def reopening() -> bool:
+        places.events.append("reopen")
+        return True
+
+    places.reopening = reopening
+    assert workers.recover(never) is False
+    absent.append(ConfigError("it does not start."))
+    with pytest.raises(TransportError, match=r"for now\. With worker a:1: it does not start"):
+        workers.recover(never)
+    assert places.events[2:] == ["revive", "reopen", "revive"]
+    absent.clear()
+    places.reopening = lambda: False  # something else than the link was lost
+    assert workers.recover(never) is True
+    assert places.events[5:] == ["revive", "close a:1", "revive", "try a:1", "open a:1"]
+
+
+def test_a_look_that_finds_a_bug_closes_all_and_the_same_worker_is_opened_anew(places: Places) -> None:
+    notices: list[str] = []
+    workers = opened(2, notices)
+    workers.look()
+    places.looking = failing(LOST)
+    with pytest.raises(TransportError):
+        workers.look()
+    assert workers.is_open  # the link alone was lost
+    places.looking = failing(InternalError("the pool cannot be filled."))
+    with pytest.raises(InternalError) as raised:
+        workers.look()
+    told = workers.blame(raised.value)
+    assert str(told) == "no worker is in use for now; one is being opened. With worker a:1: the pool cannot be filled."
+    assert workers.recover(never) is True
+    assert places.events == ["try a:1", "open a:1", "close a:1", "try a:1", "open a:1"]
+    assert notices == ["the pool cannot be filled.", "serving with worker a:1 now."]
 
 
 def test_a_bug_while_opening_is_an_error_of_that_worker_without_its_text(places: Places) -> None:

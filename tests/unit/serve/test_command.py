@@ -61,6 +61,7 @@ def test_a_new_key_is_printed_once_and_only_its_hash_kept(app: typer.Typer, tmp_
         (["--max-running", "0"], "max_running 0: expected at least 1"),
         (["--step-tokens", "10"], "step_tokens 10: expected at least 64"),
         (["--kv-memory", "0"], "kv_memory 0: expected at least 1"),
+        (["--default-tokens", "0"], "default_tokens 0: expected at least 1"),
         (["--max-queued", "0"], "max_queued 0: expected at least 1"),
         (["--reuse-prefixes", "maybe"], "unknown reuse_prefixes"),
         (["--padding", "some"], "unknown padding"),
@@ -156,7 +157,9 @@ def test_reuse_at_masked_says_what_it_shows(words: list[str], told: bool, comman
 
 
 def test_options_reach_the_engine(command_line: Served) -> None:
-    words = "--kv-memory 5000000 --max-running 7 --max-queued 9 --step-tokens 128 --reuse-prefixes off"
+    words = (
+        "--kv-memory 5000000 --max-running 7 --max-queued 9 --step-tokens 128 --default-tokens 50 --reuse-prefixes off"
+    )
     command_line.run("--worker", "a:1", "--worker", "b:1", *words.split())
     ((enclave, engine),) = command_line.settings
     assert enclave.worker is None
@@ -166,5 +169,6 @@ def test_options_reach_the_engine(command_line: Served) -> None:
         max_running=7,
         max_queued=9,
         step_tokens=128,
+        default_tokens=50,
         reuse_prefixes="off",
     )

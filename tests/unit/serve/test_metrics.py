@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 from fake_engine import MODEL, FakeEngine
-from prometheus_client.parser import text_string_to_metric_families
-from serving import Serve
+from fastapi.testclient import TestClient
+from serving import Serve, metrics_of
 
-
-def read(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Return all values by name and labels."""
-    return {
-        (sample.name, tuple(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+from tsqp.engine.api import QueueFullError
+from tsqp.errors import IntegrityError
 
 
 def test_metrics_count_requests_and_tokens_and_tell_the_engines_numbers(serve: Serve) -> None:
@@ -21,7 +18,7 @@ def test_metrics_count_requests_and_tokens_and_tell_the_engines_numbers(serve: S
     client.post("/v1/completions", json={"model": MODEL, "prompt": "abc", "max_tokens": 4})
     client.post("/v1/completions", json={"model": "other", "prompt": "abc"})
     client.get("/some/path/of/yours")
-    found = read(client.get("/metrics").text)
+    found = metrics_of(client.get("/metrics").text)
     assert found["tsqp_http_requests_total", ("/v1/completions", "200")] == 1
     assert found["tsqp_http_requests_total", ("/v1/completions", "404")] == 1
     assert found["tsqp_http_requests_total", ("other", "404")] == 1
@@ -43,6 +40,44 @@ def test_metrics_count_requests_and_tokens_and_tell_the_engines_numbers(serve: S
     }.items():
         assert found[f"tsqp_{name}", ()] == value, name
     assert found["tsqp_engine_part_seconds_total", ("worker",)] == 1.5
+
+
+def failures(client: TestClient) -> dict[str, float]:
+    """Return how many generations failed, by code."""
+    found = metrics_of(client.get("/metrics").text)
+    return {labels[0]: value for (name, labels), value in found.items() if name == "tsqp_generations_failed_total"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_generations_that_fail_are_counted_whatever_the_status(stream: bool, serve: Serve) -> None:  # noqa: FBT001
+    engine = FakeEngine(fail_after=2)
+    client = serve(engine)
+    body = {"model": MODEL, "prompt": "abc", "stream": stream}
+    client.post("/v1/completions", json=body)
+    assert failures(client) == {"worker_unavailable": 1}
+    engine.fail_after = None
+    client.post("/v1/completions", json=body)
+    assert failures(client) == {"worker_unavailable": 1}
+    engine.fail_after, engine.error = 0, IntegrityError("linear:7: the product is wrong.")
+    client.post("/v1/completions", json=body)
+    engine.refusal = QueueFullError("too many requests wait.")
+    assert client.post("/v1/completions", json=body).status_code == 429
+    assert failures(client) == {"worker_unavailable": 1, "integrity_error": 1}
+    statuses = metrics_of(client.get("/metrics").text)
+    assert statuses["tsqp_http_requests_total", ("/v1/completions", "200")] == (3 if stream else 1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_generations_that_the_end_of_the_server_cuts_off_are_counted(stream: bool, serve: Serve) -> None:  # noqa: FBT001
+    engine = FakeEngine(hold_after=2)
+    client = serve(engine)
+    body = {"model": MODEL, "prompt": ["a", "b"], "stream": stream}
+    asking = threading.Thread(target=lambda: client.post("/v1/completions", json=body))
+    asking.start()
+    engine.wait_until_submitted(2)
+    engine.close()
+    asking.join()
+    assert failures(client) == {"stopping": 1}
 
 
 def test_status_is_what_the_page_shows(serve: Serve) -> None:
