@@ -1,6 +1,6 @@
 """Exact products on the CPU against inexact ones, by shape and number of threads. Prints JSON.
 
-python benchmarks/exact_gemm.py [--rounds 40] > benchmarks/results/exact-gemm-DATE.json
+python benchmarks/exact_gemm.py [--rounds 40] [--shape 128x576x3072 ...] > benchmarks/results/exact-gemm-DATE.json
 
 Kernels take turns within each round; medians. Exact kernels multiply int32 words by int8 codes modulo 2^32, the others
 float32 by float32. oneDNN multiplies by weights in its own layout, as a worker at `open` does.
@@ -13,7 +13,7 @@ import datetime as dt
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ THREADS = (2, 1)
 WARM_UP = 3
 FLOAT32 = "torch float32"
 Product = Callable[[], Tensor]
+Shape = tuple[int, ...]
 
 
 def kernels() -> list[ring.Kernel]:
@@ -66,6 +67,15 @@ def products(rows: int, inputs: int, outputs: int) -> dict[str, Product]:
     return calls
 
 
+def written(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def read(text: str) -> Shape:
+    rows, inputs, outputs = map(int, text.split("x"))
+    return rows, inputs, outputs
+
+
 def measure_shape(calls: dict[str, Product], rounds: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + WARM_UP):
@@ -77,18 +87,18 @@ def measure_shape(calls: dict[str, Product], rounds: int) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in taken.items()}
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(shapes: Sequence[Shape], rounds: int) -> dict[str, Any]:
     """Measure every shape on each number of threads."""
     medians: dict[str, dict[str, float]] = {}
     for threads in THREADS:
         with using_threads(threads):
-            for shape in SHAPES:
-                label = f"{' x '.join(map(str, shape))}, {threads} thread{'s' if threads > 1 else ''}"
+            for shape in shapes:
+                label = f"{written(shape).replace('x', ' x ')}, {threads} thread{'s' if threads > 1 else ''}"
                 medians[label] = measure_shape(products(*shape), rounds)
     return {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "commit": hardware.commit(),
-        "command": f"python benchmarks/exact_gemm.py --rounds {rounds}",
+        "command": f"python benchmarks/exact_gemm.py --rounds {rounds} --shape {' '.join(map(written, shapes))}",
         "hardware": msgspec.to_builtins(hardware.describe()),
         "shapes": "rows x inputs x outputs",
         "warm_up": WARM_UP,
@@ -105,4 +115,6 @@ def measure(rounds: int) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
-    print(json.dumps(measure(parser.parse_args().rounds), indent=2))
+    parser.add_argument("--shape", type=read, nargs="+", default=SHAPES, help="rows x inputs x outputs: 128x576x3072")
+    asked = parser.parse_args()
+    print(json.dumps(measure(asked.shape, asked.rounds), indent=2))

@@ -3,7 +3,8 @@
     python benchmarks/large_shape.py llama-3.2-1b > benchmarks/results/llama-3.2-1b-DATE.json
 
 Weights are random, so only times mean anything. Each turn starts every level anew (`tsqp prefill`) and takes its median
-of three; the result is the median over turns. The model is written to a temporary directory (4 GB with its codes).
+of three; the result is the median over turns. Where there is a GPU, workers use it (LLAMA_GPU_DEVICE chooses). The
+model is written to a temporary directory (4 GB with its codes).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from tsqp.bench import hardware
 
 RANDOM_MODEL = Path(__file__).with_name("random_model.py")
 LEVELS = ("monolithic", "local", "open", "verified", "masked")
-PARTS = ("prefill_s", "enclave_s", "worker_s", "wire_s", "waited_s", "quantise_s", "mask_s", "check_s", "ahead_s")
+PROTECTION = ("quantise_s", "mask_s", "check_s", "ahead_s")
+PARTS = ("prefill_s", "enclave_s", "worker_s", "pcie_s", "wire_s", "waited_s", *PROTECTION)
 
 
 def prefill(level: str, plain: Path, packed: Path, tokens: int) -> dict[str, Any]:
@@ -37,8 +40,8 @@ def prefill(level: str, plain: Path, packed: Path, tokens: int) -> dict[str, Any
     return report
 
 
-def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
-    """Measure every level in turns."""
+def measure(shape: str, levels: Sequence[str], tokens: int, rounds: int) -> dict[str, Any]:
+    """Measure levels in turns; the first is what the others are compared with."""
     with tempfile.TemporaryDirectory() as directory:
         plain, packed = Path(directory) / shape, Path(directory) / "packed"
         subprocess.run([sys.executable, str(RANDOM_MODEL), shape, str(plain)], check=True, capture_output=True)
@@ -47,7 +50,7 @@ def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
             check=True,
             capture_output=True,
         )
-        runs: dict[str, list[dict[str, Any]]] = {level: [] for level in LEVELS}
+        runs: dict[str, list[dict[str, Any]]] = {level: [] for level in levels}
         for _ in range(rounds):
             for level, taken in runs.items():
                 taken.append(prefill(level, plain, packed, tokens))
@@ -57,15 +60,16 @@ def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
     return {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "commit": hardware.commit(),
-        "command": f"python benchmarks/large_shape.py {shape} --tokens {tokens} --rounds {rounds}",
+        "command": f"python benchmarks/large_shape.py {shape} --levels {' '.join(levels)} --tokens {tokens} "
+        f"--rounds {rounds}",
         "hardware": msgspec.to_builtins(hardware.describe()),
         "shape": shape,
         "dtype": "bfloat16; int8 codes at verified and masked",
         "tokens": tokens,
         "rounds": rounds,
         "median_s": medians,
-        "times_monolithic": {
-            level: round(each["prefill_s"] / medians["monolithic"]["prefill_s"], 3) for level, each in medians.items()
+        f"times_{levels[0]}": {
+            level: round(each["prefill_s"] / medians[levels[0]]["prefill_s"], 3) for level, each in medians.items()
         },
     }
 
@@ -73,7 +77,8 @@ def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", help="as random_model.py takes it")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.shape, arguments.tokens, arguments.rounds), indent=2))
+    print(json.dumps(measure(arguments.shape, arguments.levels, arguments.tokens, arguments.rounds), indent=2))

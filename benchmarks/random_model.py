@@ -16,6 +16,15 @@ from tsqp.model.architecture import parse_config, weight_shapes
 from tsqp.model.weights import INDEX_NAME
 
 SHAPES = {
+    "tiny": {  # to try what uses these
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,

@@ -66,9 +66,9 @@ MEANING = {
 }
 
 
-def newest() -> BenchReport:
-    """Read the newest result."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("prefill-[0-9]*.json"))
+def newest(results: Path = ROOT / "benchmarks" / "results") -> BenchReport:
+    """Read the newest result of 128 tokens, ``prefill-DATE.json``; those of others are ``prefill-TOKENS-DATE.json``."""
+    files = sorted(results.glob("prefill-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].json"))
     return msgspec.json.decode(files[-1].read_bytes(), type=BenchReport)
 
 

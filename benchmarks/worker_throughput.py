@@ -2,9 +2,10 @@
 
 python benchmarks/worker_throughput.py [--clients 8] [--rounds 7] > benchmarks/results/worker-throughput-DATE.json
 
-One process generates the load. Each client is a session in a thread of its own that sends the linear requests of one
-prefill after the other, with fixed random activations, and waits for each reply before it sends the next. Nothing
-else of an enclave is computed. One client and several take turns within each round; medians.
+One thread generates the load: threads of one interpreter would wait for each other, and processes of their own take
+the worker's cores. Each client is a session that sends the linear requests of one prefill after the other, with fixed
+random activations, each once the reply to the one before is here. Nothing else of an enclave is computed. One client
+and several take turns within each round; medians.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import contextlib
 import datetime as dt
 import json
 import statistics
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -39,9 +39,9 @@ LEVELS: dict[str, tuple[str, ...]] = {"open": (), "exact": ("--exact",)}
 Step = tuple[type[messages.Linear | messages.LinearExact], str, messages.TensorSpec, memoryview]
 
 
-def replay(level: str) -> list[Step]:
+def replay(model: str, level: str) -> list[Step]:
     """Return the linear requests of one prefill, in order; the last layer sees one position after attention."""
-    config = read_config(locate(BUNDLED))
+    config = read_config(locate(model))
     last = f"layers.{config.layers - 1}."
     generator = torch.Generator().manual_seed(0)
     steps: list[Step] = []
@@ -60,13 +60,6 @@ def _activations(level: str, rows: int, group: LinearGroup, generator: torch.Gen
     return torch.randn(shape, generator=generator)
 
 
-def prefill(session: Session, steps: Sequence[Step]) -> None:
-    """Send each request once the reply to the one before is here."""
-    for kind, group, spec, frame in steps:
-        request_id = session.submit(partial(_header, kind, group, spec), [frame])
-        session.result(request_id, messages.Result)
-
-
 def _header(
     kind: type[messages.Linear | messages.LinearExact], group: str, spec: messages.TensorSpec, request_id: int
 ) -> messages.Linear | messages.LinearExact:
@@ -75,20 +68,15 @@ def _header(
 
 def throughput(sessions: Sequence[Session], steps: Sequence[Step], prefills: int) -> float:
     """Return prefills per second of all sessions at once."""
-    barrier = threading.Barrier(len(sessions) + 1)
-
-    def client(session: Session) -> None:
-        barrier.wait()
-        for _ in range(prefills):
-            prefill(session, steps)
-
-    threads = [threading.Thread(target=client, args=(session,)) for session in sessions]
-    for thread in threads:
-        thread.start()
-    barrier.wait()
+    waiting: dict[Session, int] = {}
     started = time.perf_counter()
-    for thread in threads:
-        thread.join()
+    for kind, group, spec, frame in [*steps] * prefills:
+        for session in sessions:
+            if session in waiting:
+                session.result(waiting[session], messages.Result)
+            waiting[session] = session.submit(partial(_header, kind, group, spec), [frame])
+    for session, request_id in waiting.items():
+        session.result(request_id, messages.Result)
     return len(sessions) * prefills / (time.perf_counter() - started)
 
 
@@ -105,14 +93,17 @@ def connected(url: str, count: int) -> Iterator[list[Session]]:
         yield sessions
 
 
-def measure(level: str, scheme: str, clients: int, rounds: int, prefills: int) -> dict[str, Any]:
+def measure(asked: argparse.Namespace, level: str) -> dict[str, Any]:
     """Let one client and several take turns."""
-    steps = replay(level)
+    steps, clients = replay(asked.model, level), asked.clients
     rates: dict[int, list[float]] = {1: [], clients: []}
-    with local_worker(["--model", BUNDLED, *LEVELS[level]], scheme) as url, connected(url, clients) as sessions:
-        for turn in range(rounds + 1):
+    with (
+        local_worker(["--model", asked.model, *LEVELS[level]], asked.scheme) as url,
+        connected(url, clients) as sessions,
+    ):
+        for turn in range(asked.rounds + 1):
             for count, found in rates.items():
-                rate = throughput(sessions[:count], steps, prefills)
+                rate = throughput(sessions[:count], steps, asked.prefills)
                 if turn:  # the first is to warm up
                     found.append(rate)
         stats = counters(sessions[0])
@@ -133,6 +124,7 @@ def counters(session: Session) -> messages.StatsResult:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=BUNDLED)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prefills", type=int, default=6, help="of each client per turn")
@@ -140,17 +132,15 @@ def main() -> None:
     parser.add_argument("--level", choices=tuple(LEVELS), action="append")
     asked = parser.parse_args()
     levels = asked.level or list(LEVELS)
-    options = f"--clients {asked.clients} --rounds {asked.rounds} --prefills {asked.prefills} --scheme {asked.scheme}"
+    options = f"--model {asked.model} --clients {asked.clients} --rounds {asked.rounds} --prefills {asked.prefills}"
     report = {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "commit": hardware.commit(),
-        "command": f"python benchmarks/worker_throughput.py {options}",
+        "command": f"python benchmarks/worker_throughput.py {options} --scheme {asked.scheme}",
         "hardware": msgspec.to_builtins(hardware.describe()),
-        "load": f"one process, a thread per client; prefills of {TOKENS} tokens, bundled model, over {asked.scheme}",
+        "load": f"one thread for all clients; prefills of {TOKENS} tokens, over {asked.scheme}",
         "rounds": asked.rounds,
-        "levels": {
-            level: measure(level, asked.scheme, asked.clients, asked.rounds, asked.prefills) for level in levels
-        },
+        "levels": {level: measure(asked, level) for level in levels},
     }
     print(json.dumps(report, indent=2))
 

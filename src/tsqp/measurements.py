@@ -31,9 +31,10 @@ class Variant(Struct, frozen=True, kw_only=True):
     """One measured variant. Times in seconds; ``settings`` says how it was run.
 
     The parts are those of the run nearest the median. ``enclave_s + waited_s`` is its time, ``worker_s`` the worker's
-    own account of its work, ``wire_s`` what ``waited_s`` exceeds it by. ``quantise_s``, ``mask_s``, ``ahead_s`` and
-    ``check_s``, together ``protection_s``, and ``mask_wait_s``, waiting for masks, are parts of ``enclave_s``.
-    ``peak_bytes`` is the process's largest resident memory less what it held once torch and TSQP were imported.
+    own account of its work, ``pcie_s`` the part of that in which tensors went to its device and back, ``wire_s`` what
+    ``waited_s`` exceeds ``worker_s`` by. ``quantise_s``, ``mask_s``, ``ahead_s`` and ``check_s``, together
+    ``protection_s``, and ``mask_wait_s``, waiting for masks, are parts of ``enclave_s``. ``peak_bytes`` is the
+    process's largest resident memory less what it held once torch and TSQP were imported.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Variant(Struct, frozen=True, kw_only=True):
     mask_s: float = 0.0
     ahead_s: float = 0.0
     check_s: float = 0.0
+    pcie_s: float = 0.0
     peak_bytes: int = 0
     floor: Floor | None = None
 
@@ -70,13 +72,14 @@ class Ratio(Struct, frozen=True, kw_only=True):
 
 
 class Hardware(Struct, frozen=True, kw_only=True):
-    """The machine a benchmark ran on."""
+    """The machine a benchmark ran on; ``gpu`` names those that torch can use."""
 
     cpu: str
     cores: int
     memory_gb: float
     torch: str
     python: str
+    gpu: str = ""
 
 
 class Measurement(Struct, frozen=True, kw_only=True):

@@ -67,11 +67,12 @@ class Recorder:
 class Meter:
     """Costs so far.
 
-    ``waited_ns`` is time spent blocked on the worker, ``compute_ns`` the worker's own account of its work;
-    ``quantise_ns`` (both directions), ``mask_ns``, ``check_ns`` (taking masks off included) and ``ahead_ns`` are the
-    enclave's work of protecting its products; the last is what it does while a product is away: half of its check, and
-    the keystream for the next. ``mask_wait_ns`` is time a product waited for mask products that were not in the pool,
-    ``mask_fill_ns`` time spent filling the pool. ``recorder`` is set for a trace.
+    ``waited_ns`` is time spent blocked on the worker, ``compute_ns`` the worker's own account of its work and
+    ``copy_ns`` the part of that in which tensors went to its device and back; ``quantise_ns`` (both directions),
+    ``mask_ns``, ``check_ns`` (taking masks off included) and ``ahead_ns`` are the enclave's work of protecting its
+    products; the last is what it does while a product is away: half of its check, and the keystream for the next.
+    ``mask_wait_ns`` is time a product waited for mask products that were not in the pool, ``mask_fill_ns`` time spent
+    filling the pool. ``recorder`` is set for a trace.
     """
 
     round_trips: int = 0
@@ -79,6 +80,7 @@ class Meter:
     bytes_received: int = 0
     waited_ns: int = 0
     compute_ns: int = 0
+    copy_ns: int = 0
     verified_rows: int = 0
     mask_rows: int = 0
     quantise_ns: int = 0

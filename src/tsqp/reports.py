@@ -53,14 +53,15 @@ class KeysReport(Struct, frozen=True, kw_only=True):
 class PrefillReport(Struct, frozen=True, kw_only=True):
     """``tsqp prefill``. Times in seconds, sizes in bytes; the three parts and the counts are the median run's.
 
-    ``enclave_s + waited_s`` is that run's time, ``worker_s`` the worker's own account of its work, ``wire_s`` what
-    ``waited_s`` exceeds it by. Where ``micro_batches`` take turns the enclave computes while the worker does, so that
-    the parts may add up to more than the time. ``masks`` is where masks came from, ``enclave`` or ``dealers``; null but
-    at `masked`. ``verified_rows`` counts the rows of products that were checked, ``mask_rows_used`` the mask rows.
-    ``mask_wait_s`` is the part of the run that waited for masks not in the pool; ``mask_fill_s`` is the time spent
-    filling the pool for it, outside of ``prefill_s``. ``quantise_s``, ``mask_s``, ``ahead_s`` and ``check_s`` are the
-    parts of ``enclave_s`` that protection takes, ``ahead_s`` what of it is done while the worker computes.
-    ``next_tokens`` has one id per sequence, ``next_text`` is the first one's text (null without a tokenizer).
+    ``enclave_s + waited_s`` is that run's time, ``worker_s`` the worker's own account of its work, ``pcie_s`` the part
+    of that in which tensors went to its device and back, ``wire_s`` what ``waited_s`` exceeds it by. Where
+    ``micro_batches`` take turns the enclave computes while the worker does, so that the parts may add up to more than
+    the time. ``masks`` is where masks came from, ``enclave`` or ``dealers``; null but at `masked`. ``verified_rows``
+    counts the rows of products that were checked, ``mask_rows_used`` the mask rows. ``mask_wait_s`` is the part of the
+    run that waited for masks not in the pool; ``mask_fill_s`` is the time spent filling the pool for it, outside of
+    ``prefill_s``. ``quantise_s``, ``mask_s``, ``ahead_s`` and ``check_s`` are the parts of ``enclave_s`` that
+    protection takes, ``ahead_s`` what of it is done while the worker computes. ``next_tokens`` has one id per sequence,
+    ``next_text`` is the first one's text (null without a tokenizer).
     """
 
     model: str
@@ -79,6 +80,7 @@ class PrefillReport(Struct, frozen=True, kw_only=True):
     bytes_received: int
     enclave_s: float
     worker_s: float
+    pcie_s: float
     waited_s: float
     wire_s: float
     micro_batches: int

@@ -93,7 +93,8 @@ def test_overlap_measures_serial_and_undelayed_too(tiny_llama: Path) -> None:
 def test_transports_take_turns(tmp_path: Path) -> None:
     html = tmp_path / "page.html"
     got = measured(TransportReport, "transport", "--rounds", 1, "--html", html)
-    assert {"tcp", "ipc", "shm, copied", "shm, in place", "MessagePack", "gRPC", "HTTP JSON"} <= {
+    used = {f"{name}, filled and summed" for name in ("tcp", "shm")}
+    assert used | {"tcp", "ipc", "shm, copied", "shm, in place", "MessagePack", "gRPC", "HTTP JSON"} <= {
         row.name for row in got.rows if row.points
     }
     assert all(len(row.points) == 3 for row in got.rows if row.points)
@@ -112,6 +113,7 @@ def test_transports_take_turns(tmp_path: Path) -> None:
         (("overlap", "--level", "local"), "--level local: only open, verified and masked have a link"),
         (("transport", "--html", "/nowhere/page.html"), "--html /nowhere/page.html: there is no directory /nowhere"),
         (("transport", "--html", "."), "--html .: that is a directory"),
+        (("levels", "--device", "cuda:9"), "device cuda:9 was asked for"),
         (("levels", "--trace", "/nowhere/t.json"), "--trace /nowhere/t.json: there is no directory"),
         (("prefill", "--masks", "enclave", "--dealer", "a:1"), "masks by the enclave and dealers exclude each other"),
     ],

@@ -30,7 +30,8 @@ class Order(Struct, frozen=True, kw_only=True):
     """What to load: a level, or a client of the first protocol.
 
     ``mask_pool`` is for how many tokens masks are ready before each run; 0 has them made or fetched during it.
-    ``micro_batches`` is as in ``EnclaveConfig``. ``floor`` measures the level's parts alone instead of the level.
+    ``micro_batches`` is as in ``EnclaveConfig``. ``floor`` measures the level's parts alone instead of the level,
+    products on ``device``.
     """
 
     level: str
@@ -46,6 +47,7 @@ class Order(Struct, frozen=True, kw_only=True):
     dealer_keys: tuple[str, ...] = ()
     micro_batches: int | None = None
     floor: bool = False
+    device: str = "cpu"
 
 
 class Ask(Struct, frozen=True, kw_only=True):
@@ -59,14 +61,16 @@ class Ask(Struct, frozen=True, kw_only=True):
 class Sample(Struct, frozen=True, kw_only=True):
     """One prefill: seconds, bytes, round trips, and the predicted token to compare variants by.
 
-    ``waited_s`` is the time blocked on the worker, ``worker_s`` the worker's own account of its work. ``peak_bytes`` is
-    the process's largest resident memory so far, less what it held when torch and TSQP were imported.
+    ``waited_s`` is the time blocked on the worker, ``worker_s`` the worker's own account of its work, ``pcie_s`` the
+    part of that for copies. ``peak_bytes`` is the process's largest resident memory so far, less what it held when
+    torch and TSQP were imported.
     """
 
     total_s: float
     next_token: int = -1
     waited_s: float = 0.0
     worker_s: float = 0.0
+    pcie_s: float = 0.0
     round_trips: int = 0
     bytes_moved: int = 0
     micro_batches: int = 1
@@ -132,6 +136,7 @@ def _own(order: Order, imported_bytes: int) -> Iterator[Run]:
                 next_token=int(logits_BV[0].argmax()),
                 waited_s=measured.waited_s,
                 worker_s=measured.worker_s,
+                pcie_s=cost.copy_ns / 1e9,
                 round_trips=cost.round_trips,
                 bytes_moved=cost.bytes_sent + cost.bytes_received,
                 micro_batches=model.micro_batches(ids_BT),

@@ -183,10 +183,19 @@ class Peers:
 
 @contextmanager
 def peers(
-    directory: Path, packed: Path, config: EnclaveConfig, threads: int, *, dealer: bool = False
+    models: tuple[Path, Path], config: EnclaveConfig, threads: int, device: str = "cpu", *, dealer: bool = False
 ) -> Iterator[Peers]:
-    """Run a float worker over shm, ipc and tcp, one of int8 codes, and with ``dealer`` one unless there are some."""
-    shared = ["--threads", str(threads), "--device", "cpu"]
+    """Run a float worker over shm, ipc and tcp, one of int8 codes, and with ``dealer`` one unless there are some.
+
+    Args:
+        models: in floats, and packed.
+        config: the dtype of floats, and the dealers that there are.
+        threads: of each.
+        device: of each.
+        dealer: whether one is needed.
+    """
+    directory, packed = models
+    shared = ["--threads", str(threads), "--device", device]
     floats = ["--model", str(directory), "--dtype", config.dtype, *shared]
     codes = ["--model", str(packed), *shared]
     environment = without_waiting()

@@ -166,7 +166,7 @@ def _children(
 ) -> Iterator[list[Child]]:
     """Run a process per variant, and the peers that they need, for the time of a ``with`` block."""
     with ExitStack() as stack:
-        workers = stack.enter_context(peers(prepared.directory, prepared.packed, config, threads, dealer=True))
+        workers = stack.enter_context(peers((prepared.directory, prepared.packed), config, threads, dealer=True))
         children = []
         for plan in DECODE_PLANS:
             order = _order(prepared, plan, workers, config, sizes, memory, threads)

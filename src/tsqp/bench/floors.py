@@ -115,13 +115,16 @@ class Floors:
         started = time.perf_counter()
         for group, x_MK in self._inputs:
             self._service.multiply(group, x_MK)
+        if self._service.device.type == "cuda":
+            torch.cuda.synchronize(self._service.device)
         return time.perf_counter() - started
 
     def _operand(self, group: str, rows: int) -> Tensor:
         generator, shape = torch.Generator().manual_seed(0), (rows, self._service.groups[group].in_features)
+        device, dtype = self._service.device, self._service.rows_dtype
         if self._service.serves == "open":
-            return torch.randn(shape, generator=generator).to(self._service.dtype)
-        return torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(torch.int32)
+            return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(device, dtype)
 
 
 @contextmanager
@@ -132,7 +135,7 @@ def own_service(order: Order) -> Iterator[WorkerService]:
             model=order.model,
             dtype=order.dtype,
             threads=order.threads,
-            device="cpu",
+            device=order.device,
             listen=(f"ipc://{directory}/floor",),
             serves="open" if order.level == "open" else "exact",
         )

@@ -21,6 +21,7 @@ def describe() -> Hardware:
         memory_gb=round(psutil.virtual_memory().total / 2**30, 1),
         torch=str(torch.__version__),
         python=platform.python_version(),
+        gpu=", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())),
     )
 
 

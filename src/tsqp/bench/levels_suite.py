@@ -27,7 +27,7 @@ _ROUND_TRIPS = 300
 
 
 def run(
-    config: EnclaveConfig, tokens: int, threads: int, *, rounds: int, trace: bool, on_step: OnStep
+    config: EnclaveConfig, tokens: int, threads: int, *, rounds: int, trace: bool, device: str, on_step: OnStep
 ) -> tuple[LevelsReport, dict[str, Recording]]:
     """Measure every level and its floors in turns.
 
@@ -37,6 +37,7 @@ def run(
         threads: per process.
         rounds: turns of each, each of one run to warm up and four that count.
         trace: record one more prefill at each level with a worker.
+        device: of the workers.
         on_step: told the fraction done.
 
     Returns:
@@ -45,7 +46,7 @@ def run(
     Raises:
         TsqpError: the worker does not start, or a variant fails.
     """
-    prepared = Prepared.of(config, tokens, on_step)
+    prepared = Prepared.of(config, tokens, on_step, device)
     copy_bytes_per_s, round_trip_s = copy_bandwidth(threads), small_round_trip()
     with prepared.children(LEVEL_PLANS, config, threads) as children:
         take_turns(children, rounds, on_step)
@@ -58,7 +59,7 @@ def run(
         if not child.plan.floor
     ]
     report = LevelsReport(
-        **model_heading(command("levels", config, tokens, threads, rounds), config, threads, rounds, WARM_UP),
+        **model_heading(command("levels", config, prepared, threads, rounds), config, threads, rounds, WARM_UP),
         tokens=tokens,
         copy_bytes_per_s=copy_bytes_per_s,
         round_trip_s=round_trip_s,
@@ -121,5 +122,5 @@ def small_round_trip() -> float:
     with private_socket_directory() as directory:
         url = f"{DEFAULT_SCHEME}://{directory}/echo"
         with serving(url), echo_client(url) as client:
-            taken = [client.seconds(_SMALL_BYTES, in_place=True) for _ in range(_ROUND_TRIPS)]
+            taken = [client.seconds(_SMALL_BYTES, "in place") for _ in range(_ROUND_TRIPS)]
     return statistics.median(taken)

@@ -32,7 +32,7 @@ from tsqp.measurements import (
 )
 
 # In the order of their colours, so that worker, wire and what is not split have the same ones on every page.
-_SIMPLE_PARTS = ("enclave", "worker", "wire", "not split")
+_SIMPLE_PARTS = ("enclave", "worker", "wire", "not split", "PCIe")
 _PROTECTION = ("quantise", "mask", "ahead", "check")
 _PARTS = ("attention and rest", *_SIMPLE_PARTS[1:], *_PROTECTION)
 
@@ -78,6 +78,7 @@ def _facts(report: Measurement) -> str:
     machine = report.hardware
     facts = {
         "machine": f"{machine.cpu}, {machine.cores} cores, {machine.memory_gb:g} GB",
+        **({"GPU": machine.gpu} if machine.gpu else {}),
         "software": f"torch {machine.torch}, Python {machine.python}, commit {report.commit}",
         "date": report.date,
         "command": report.command,
@@ -103,21 +104,29 @@ def _ratios(title: str, text: str, ratios: Sequence[Ratio]) -> str:
     return section(title, text, whole)
 
 
-def _busy(variant: Variant) -> tuple[float, float]:
-    """Return the worker's and the wire's part of a bar as long as the time: with overlap, what the enclave waited."""
+def _busy(variant: Variant) -> list[tuple[str, float]]:
+    """Return worker, PCIe and wire in milliseconds, as long together as the enclave waited: overlap hides the rest."""
     waited_s = variant.waited_s or variant.worker_s + variant.wire_s
-    return min(variant.worker_s, waited_s), max(0.0, waited_s - variant.worker_s)
+    worker_s = min(variant.worker_s, waited_s)
+    pcie_s = worker_s * variant.pcie_s / variant.worker_s
+    found = (("worker", worker_s - pcie_s), ("PCIe", pcie_s), ("wire", waited_s - worker_s))
+    return [(name, seconds * 1e3) for name, seconds in found if seconds]
+
+
+def _key(parts: Sequence[str], bars: Sequence[Bar]) -> str:
+    """Return the legend of those parts that occur."""
+    shown = {name for bar in bars for name, value in bar.parts if value}
+    return legend([name if name in shown else "" for name in parts])
 
 
 def _bar(variant: Variant) -> Bar:
     if not variant.worker_s:
         return Bar(variant.name, [("not split", variant.median_s * 1e3)], f"{ms(variant.median_s)} ms")
-    worker_s, wire_s = _busy(variant)
-    parts = zip(_SIMPLE_PARTS, (variant.enclave_s, worker_s, wire_s), strict=False)
-    return Bar(variant.name, [(name, each * 1e3) for name, each in parts], f"{ms(variant.median_s)} ms")
+    return Bar(variant.name, [("enclave", variant.enclave_s * 1e3), *_busy(variant)], f"{ms(variant.median_s)} ms")
 
 
 def _prefill(report: BenchReport) -> list[str]:
+    times = [_bar(variant) for variant in report.variants]
     moved = [each for each in report.variants if each.round_trips]
     kilobytes = [
         Bar(each.name, [("", each.bytes_per_token / 1e3)], f"{each.bytes_per_token / 1e3:.0f} KB") for each in moved
@@ -127,8 +136,8 @@ def _prefill(report: BenchReport) -> list[str]:
         section(
             f"Prefill of {report.tokens} tokens",
             "Milliseconds. Of the worker's part only what the enclave waited for is shown.",
-            stacked_bars([_bar(variant) for variant in report.variants], _SIMPLE_PARTS, "time by part"),
-            legend(_SIMPLE_PARTS),
+            stacked_bars(times, _SIMPLE_PARTS, "time by part"),
+            _key(_SIMPLE_PARTS, times),
         ),
         section(
             "Bytes per token", "Kilobytes, both directions.", stacked_bars(kilobytes, ("",), "kilobytes per token")
@@ -163,10 +172,9 @@ def _inner(variant: Variant) -> list[tuple[str, float]]:
     if not variant.worker_s:
         return [("not split", variant.median_s * 1e3)]
     rest_s = variant.enclave_s - variant.protection_s
-    worker_s, wire_s = _busy(variant)
-    values = (variant.quantise_s, variant.mask_s, variant.ahead_s, variant.check_s, rest_s, worker_s, wire_s)
-    names = (*_PROTECTION, *_PARTS[:3])
-    return [(name, value * 1e3) for name, value in zip(names, values, strict=True)]
+    values = (variant.quantise_s, variant.mask_s, variant.ahead_s, variant.check_s, rest_s)
+    inner = zip((*_PROTECTION, _PARTS[0]), values, strict=True)
+    return [*((name, value * 1e3) for name, value in inner), *_busy(variant)]
 
 
 def _levels(report: LevelsReport) -> list[str]:
@@ -184,7 +192,8 @@ def _levels(report: LevelsReport) -> list[str]:
             ("ahead", variant.ahead_s, floor.ahead_s),
             ("check", variant.check_s, floor.check_s),
             ("attention and rest", variant.enclave_s - variant.protection_s - variant.mask_wait_s, floor.rest_s),
-            ("worker", variant.worker_s, floor.worker_s),
+            ("worker", variant.worker_s - variant.pcie_s, floor.worker_s),
+            ("PCIe", variant.pcie_s, 0.0),
             ("wire", variant.wire_s, floor.wire_s),
             ("whole, parts overlapped", variant.median_s, floor.overlapped_s),
             ("whole, one after the other", variant.median_s, floor.serial_s),
@@ -196,7 +205,7 @@ def _levels(report: LevelsReport) -> list[str]:
             f"Prefill of {report.tokens} tokens, by part",
             "Milliseconds. The line across a bar is the level's floor with overlap: the largest floor of its parts.",
             stacked_bars(bars, _PARTS, "time by part"),
-            legend(_PARTS),
+            _key(_PARTS, bars),
         ),
         section(
             "Floors",

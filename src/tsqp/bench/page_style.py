@@ -3,12 +3,12 @@
 STYLE = """
 :root {
   --c0: #3b6ea8; --c1: #d28a1e; --c2: #8b929c; --c3: #3f9a6b; --c4: #b5527a; --c5: #7a61b8; --c6: #5aa7b8;
-  --c7: #a3764a;
+  --c7: #a3764a; --c8: #58733a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --c0: #6f9fda; --c1: #e0a548; --c2: #79808b; --c3: #66c194; --c4: #d884a8; --c5: #a48fdc; --c6: #7fc6d6;
-    --c7: #c79a6d;
+    --c7: #c79a6d; --c8: #9cb878;
   }
 }
 .plot { display: block; width: 100%; height: auto; margin: 8px 0 2px }
@@ -22,6 +22,7 @@ STYLE = """
 .c2 { fill: var(--c2); background: var(--c2) } .c3 { fill: var(--c3); background: var(--c3) }
 .c4 { fill: var(--c4); background: var(--c4) } .c5 { fill: var(--c5); background: var(--c5) }
 .c6 { fill: var(--c6); background: var(--c6) } .c7 { fill: var(--c7); background: var(--c7) }
+.c8 { fill: var(--c8); background: var(--c8) }
 .l0 { stroke: var(--c0) } .l1 { stroke: var(--c1) } .l2 { stroke: var(--c2) } .l3 { stroke: var(--c3) }
 .l4 { stroke: var(--c4) } .l5 { stroke: var(--c5) } .l6 { stroke: var(--c6) } .l7 { stroke: var(--c7) }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 3px; margin-right: .45em; vertical-align: -1px }

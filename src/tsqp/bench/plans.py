@@ -141,6 +141,9 @@ LEVEL_PLANS = (
     _BY_NAME["monolithic-passive"],
     *map(_floor, ("open", "verified", "masked")),
 )
+# What `tsqp bench scaling` measures unless told otherwise: prompt lengths, and numbers of prompts.
+SCALING_LENGTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
+SCALING_BATCHES = (1, 2, 4, 8, 16, 32)
 SCALING_PLANS = tuple(_BY_NAME[name] for name in ("open", "masked", "local", "monolithic-active"))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tsqp.bench.child import Ask
 from tsqp.bench.children import Child, OnStep
-from tsqp.bench.plans import SCALING_PLANS
+from tsqp.bench.plans import SCALING_LENGTHS, SCALING_PLANS
 from tsqp.bench.prefill_suite import Prepared
 from tsqp.bench.summary import model_heading, ratio, spread, typical
 from tsqp.config import EnclaveConfig
@@ -18,9 +18,6 @@ from tsqp.levels import open_model
 from tsqp.measurements import Ratio, ScalingPoint, ScalingReport
 from tsqp.model.architecture import linear_groups
 
-LENGTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
-BATCHES = (1, 2, 4, 8, 16, 32)
-BATCH_TOKENS = 16
 _BASELINE = "monolithic-active"
 
 
@@ -54,7 +51,7 @@ def run(config: EnclaveConfig, sizes: Sizes, threads: int, *, rounds: int, on_st
         TsqpError: the worker does not start, or a variant fails.
     """
     architecture = open_model(config.model, "open", on_step).architecture
-    lengths = sizes.lengths or tuple(length for length in LENGTHS if length <= architecture.context_length)
+    lengths = sizes.lengths or tuple(length for length in SCALING_LENGTHS if length <= architecture.context_length)
     longest = max(*lengths, sizes.batch_tokens, 1)
     if longest > architecture.context_length:
         raise InputError(f"--tokens {longest}: this model takes 1 to {architecture.context_length} tokens.")

@@ -47,6 +47,7 @@ def variant(child: Child, tokens: int, floor: Floor | None = None) -> Variant:
         waited_s=one.waited_s,
         worker_s=one.worker_s,
         wire_s=one.wire_s,
+        pcie_s=one.pcie_s,
         micro_batches=one.micro_batches,
         protection_s=one.protection_s,
         mask_wait_s=one.mask_wait_s,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from bench_reports import variant
@@ -79,24 +80,46 @@ def test_what_is_hidden_of_a_delay() -> None:
     assert verdicts["2 ms each way, 2 micro-batches: part of the link's cost that is hidden"] is None
 
 
-@pytest.mark.parametrize("promised", [True, False])
-def test_limits_are_those_of_what_was_promised(promised: bool) -> None:  # noqa: FBT001
-    found = ratios([variant(plan.name) for plan in PLANS], 10**9, promised=promised)
-    limits = {each.name: each.limit for each in found if each.limit}
-    assert limits == (
-        {
-            "open over shm / monolithic": "at most 1",
-            "open over ipc / monolithic": "at most 1.1",
-            "masked, pool filled / monolithic": "at most 1.8",
-            "masked: protection's share of the time, but for work done while waiting": "at most 0.1",
-            "legacy client with Matmul over tcp / open over shm": "at least 4",
-            "bytes per token: open / legacy": "at most 0.73",
-            "bytes per token: open / legacy with Matmul": "at most 0.53",
-            "memory of the enclave at open / float32 model": "at most 0.35",
-        }
-        if promised
-        else {}
-    )
+OPEN = {"open over shm / monolithic": "at most 1"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "limits"),
+    [
+        (
+            128,
+            "float32",
+            {
+                **OPEN,
+                "open over ipc / monolithic": "at most 1.1",
+                "masked, pool filled / monolithic": "at most 1.8",
+                "masked: protection / total, all of it": "at most 0.1",
+                "legacy client with Matmul over tcp / open over shm": "at least 4",
+                "bytes per token: open / legacy": "at most 0.73",
+                "bytes per token: open / legacy with Matmul": "at most 0.53",
+                "memory of the enclave at open / float32 model": "at most 0.35",
+            },
+        ),
+        (1024, "float32", OPEN),
+        (1023, "float32", {}),
+        (128, "bfloat16", {}),
+        (1024, "bfloat16", {}),
+    ],
+)
+def test_limits_are_those_of_what_was_promised(tokens: int, dtype: str, limits: dict[str, str]) -> None:
+    found = ratios([variant(plan.name) for plan in PLANS], 10**9, tokens, dtype)
+    assert {each.name: each.limit for each in found if each.limit} == limits
+
+
+def test_protection_is_judged_whole_and_reported_without_what_waiting_hides() -> None:
+    hidden = {"masked": msgspec.structs.replace(variant("masked"), protection_s=0.03, ahead_s=0.012)}
+    found = ratios([hidden.get(plan.name) or variant(plan.name) for plan in PLANS], 10**9, 128, "float32")
+    shares = {each.name: each for each in found if "protection" in each.name}
+    assert {name: share.value for name, share in shares.items()} == {
+        "masked: protection / total, all of it": pytest.approx(0.15),
+        "masked: protection / total, on the critical path": pytest.approx(0.09),
+    }
+    assert [share.ok for share in shares.values()] == [False, None]
 
 
 def test_transports_are_compared_with_tcp() -> None:
@@ -104,9 +127,21 @@ def test_transports_are_compared_with_tcp() -> None:
         points = [TransportPoint(bytes=size, median_s=seconds, p10_s=seconds, p90_s=seconds) for size in SIZES]
         return TransportRow(name=name, settings="", points=points)
 
-    found = transport_ratios([row("tcp", 1.0), row("shm, copied", 0.2), row("shm, in place", 0.4)])
-    judged = {each.name: each.ok for each in found if each.limit}
-    assert judged == {"4 KB: shm, copied / tcp": True, "8 MB: shm, in place / tcp": False}
+    found = transport_ratios(
+        [
+            row("tcp", 1.0),
+            row("tcp, filled and summed", 2.0),
+            row("shm, copied", 0.2),
+            row("shm, in place", 0.4),
+            row("shm, filled and summed", 0.5),
+        ]
+    )
+    judged = {each.name: (each.ok, each.value) for each in found if each.limit}
+    assert judged == {
+        "4 KB: shm, copied / tcp": (True, 0.2),
+        "8 MB: shm, filled and summed / tcp, filled and summed": (True, 0.25),
+    }
+    assert len(found) == 3 * len(SIZES)
     assert [size_text(size) for size in SIZES] == ["4 KB", "1.5 MB", "8 MB"]
 
 
