@@ -13,10 +13,11 @@ _PATIENCE_S = 120
 
 @dataclass
 class Answer:
-    """What came of one request; ``take`` is its listener."""
+    """What came of one request; ``take`` is its listener, and ``number`` the engine's."""
 
     events: list[Event] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
+    number: int = 0
 
     def take(self, event: Event) -> None:
         self.events.append(event)

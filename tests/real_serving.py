@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bad_requests import COMPLETIONS, post
 from fake_engine import write_tokenizer
 from http_server import Running, http_server
+from openai import OpenAI
 from tiny_models import tiny_checkpoint
 
 from tsqp.config import EnclaveConfig, EngineConfig
@@ -24,6 +27,7 @@ VOCABULARY = 258
 CONTEXT = 1024
 # An engine's default cache is 1 GiB, and a test process has many engines.
 CACHE_TOKENS = 8 * CONTEXT
+BODY_LIMIT = 1 << 14
 
 
 def speaking_checkpoint(directory: Path, **options: Any) -> Path:
@@ -70,3 +74,26 @@ def real_server(directory: Path, level: str, worker: str | None = None, **settin
     model = open_model(str(directory), level)
     with real_engine(model, level, worker) as engine, served_engine(engine, model, level, **settings) as running:
         yield running
+
+
+def host_of(server: Running) -> str:
+    return server.url.removeprefix("http://")
+
+
+def client_of(server: Running) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+class Tiny:
+    """A server of a tiny model and its engine."""
+
+    def __init__(self, directory: Path, level: str, stack: ExitStack, worker: str | None = None, **sizes: Any) -> None:
+        model = open_model(str(directory), level)
+        self.engine = stack.enter_context(real_engine(model, level, worker, **sizes))
+        self.server = stack.enter_context(served_engine(self.engine, model, level, max_body_bytes=BODY_LIMIT))
+        self.host = host_of(self.server)
+
+    def complete(self, **body: object) -> Any:
+        answered = post(self.host, COMPLETIONS, json.dumps({"model": MODEL, "temperature": 0, **body}).encode())
+        assert answered.status == 200, answered
+        return answered.content

@@ -19,6 +19,10 @@ FORBIDDEN = {
     "tsqp.model": ("tsqp.enclave", "tsqp.worker"),
     "tsqp.arith": ("tsqp.enclave", "tsqp.worker", "tsqp.wire", "tsqp.transport", "tsqp.model"),
 }
+# Only a demonstration keeps and shows what a worker is sent: none of these may reach what does. ``tsqp.cli`` itself
+# lists all commands, and so imports the demonstration's.
+SERVING = ("tsqp.worker", "tsqp.cli.serve", "tsqp.cli.worker", "tsqp.serve.app", "tsqp.engine")
+SHOWING = ("tsqp.serve.observer", "tsqp.serve.demo_worker", "tsqp.serve.demo", "tsqp.serve.view")
 # They run or build objects from data.
 UNSAFE_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 UNSAFE_CALLS = ("torch.load", "eval", "exec", "__import__", "importlib.import_module")
@@ -127,6 +131,30 @@ def test_the_import_graph_sees_known_imports() -> None:
 
 def test_the_sides_of_the_boundary_do_not_import_each_other() -> None:
     assert violations(SOURCES) == []
+
+
+def shows(sources: Mapping[str, str], package: str) -> list[str]:
+    """List how a package's modules come to what shows a worker's view."""
+    graph = import_graph({name: source for name, source in sources.items() if name != "tsqp.cli.__init__"})
+    return [
+        " -> ".join(chain)
+        for module in graph
+        if inside(module, package)
+        for target, chain in paths_from(graph, module).items()
+        if target in SHOWING
+    ]
+
+
+@pytest.mark.parametrize("package", SERVING)
+def test_who_serves_cannot_show_what_a_worker_sees(package: str) -> None:
+    assert any(inside(module, package) for module in SOURCES)
+    assert shows(SOURCES, package) == []
+
+
+def test_the_demonstration_can() -> None:
+    """The control."""
+    assert set(SHOWING) <= SOURCES.keys()
+    assert shows(SOURCES, "tsqp.cli.demo")
 
 
 @pytest.mark.parametrize("module", SOURCES)

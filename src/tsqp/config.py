@@ -34,6 +34,7 @@ WORKER_LEVELS = ("open", *EXACT_LEVELS)
 SERVICES = ("auto", "open", "exact", "masks")
 DEFAULT_PORT = 50051
 DEALER_PORT = 50052
+DEFAULT_TOKENS = 1024
 
 # Read where they are used, before any settings object exists.
 _OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE", "TSQP_NATIVE"})
@@ -60,9 +61,11 @@ class WorkerConfig:
     """Settings of a worker process.
 
     ``device`` None means ``cuda:0`` where there is one, else the CPU, and says so; a device the user names must
-    exist. ``listen`` empty means ``tcp://127.0.0.1:<port>``, for a dealer port 50052. ``key`` names the file of a
-    secret key; None means links in clear. ``serves``: float products (``open``), exact products of int8 codes
-    (``exact``), a dealer's mask products (``masks``), or by the model: ``exact`` for a packed one.
+    exist. ``listen`` empty means ``tcp://127.0.0.1:<port>`` and, without a key, shared memory at a place that enclaves
+    of the same user know (``transport/nearby.py``); for a dealer port 50052 alone. ``key`` names the file of a secret
+    key; None means links in clear. ``serves``: float products (``open``), exact products of int8 codes (``exact``), a
+    dealer's mask products (``masks``), or by the model: ``exact`` for a packed one. ``cuda_graphs``: whether a GPU's
+    products that repeat are captured.
     """
 
     SECTION: typing.ClassVar[str] = "worker"
@@ -76,20 +79,22 @@ class WorkerConfig:
     max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", limits=(1 << 16, _MAX_MESSAGE_BYTES))
     key: str | None = _setting(None, "TSQP_KEY")
     serves: str = _setting("auto", "TSQP_SERVES", choices=SERVICES)
+    cuda_graphs: str = _setting("on", "TSQP_CUDA_GRAPHS", choices=("on", "off"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnclaveConfig:
-    """Settings of an enclave process. ``worker`` None means: start one on this machine for the run.
+    """Settings of an enclave process.
 
-    ``worker_key``: the worker's public key, as a file or as text; None means a link in clear. ``masks`` None means
-    ``dealers`` where there are any, else ``enclave``; ``dealer_keys`` are the dealers' public keys in the same order.
-    ``mask_pool`` is for how many tokens masks are kept ready; None means one prompt in ``tsqp prefill``, what a step
-    can take in an engine, and none in a library call. ``codes`` names a packed model whose ``worker/`` is on this
-    machine; None streams the codes from the worker. ``retries``: how often a product is
-    sent again when the link fails. ``wire_dtype``: in which activations travel at `open`; None means ``dtype``.
-    ``micro_batches``: into how many parts a prefill is cut that take turns, so that one is computed while another's
-    product is away; None chooses by the prompt's length.
+    ``worker`` None means: one of this user's with this model that runs on the default port here, else one started for
+    the run. ``worker_key``: the worker's public key, as a file or as text; None means a link in clear. ``masks`` None
+    means ``dealers`` where there are any, else ``enclave``; ``dealer_keys`` are the dealers' public keys in the same
+    order. ``mask_pool`` is for how many tokens masks are kept ready; None means one prompt in ``tsqp prefill``, what a
+    step can take in an engine, and none in a library call. ``codes`` names a packed model whose ``worker/`` is on this
+    machine; None streams the codes from the worker. ``retries``: how often a product is sent again when the link
+    fails. ``wire_dtype``: in which activations travel at `open`; None means ``dtype``. ``micro_batches``: into how many
+    parts a prefill is cut that take turns, so that one is computed while another's product is away; None chooses by the
+    prompt's length.
     """
 
     SECTION: typing.ClassVar[str] = "enclave"
@@ -121,9 +126,10 @@ class EngineConfig:
     ``workers``: addresses, of which one is used at a time and the others when it is lost; where there are none,
     ``EnclaveConfig.worker``. ``worker_keys`` are their public keys in the same order; none means
     ``EnclaveConfig.worker_key``. ``kv_memory`` is for keys and values, in bytes. ``max_running``: requests that are
-    generated together. ``max_queued``: requests that wait for room. ``step_tokens``: how many tokens a step computes at
-    most, of prompts and answers together. ``reuse_prefixes``: whether beginnings of prompts are found again, within
-    one API key; None means at every level but `masked`.
+    generated together. ``max_queued``: requests of one API key that wait for room. ``step_tokens``: how many tokens a
+    step computes at most, of prompts and answers together. ``default_tokens``: how long an answer to a chat may be that
+    names no limit; room is taken for all of them. ``reuse_prefixes``: whether beginnings of prompts are found again,
+    within one API key; None means at every level but `masked`.
     """
 
     SECTION: typing.ClassVar[str] = "engine"
@@ -134,6 +140,7 @@ class EngineConfig:
     max_running: int = _setting(64, "TSQP_MAX_RUNNING", limits=(1, 1 << 16))
     max_queued: int = _setting(256, "TSQP_MAX_QUEUED", limits=(1, 1 << 20))
     step_tokens: int = _setting(256, "TSQP_STEP_TOKENS", limits=(64, 1 << 16))
+    default_tokens: int = _setting(DEFAULT_TOKENS, "TSQP_DEFAULT_TOKENS", limits=(1, 1 << 30))
     reuse_prefixes: str | None = _setting(None, "TSQP_REUSE_PREFIXES", choices=("on", "off"))
 
 

@@ -29,6 +29,7 @@ from tsqp.wire.codec import TORCH_DTYPES
 
 _PYTHONS = ((3, 10), (3, 13))
 _SGX_DEVICES = ("/dev/sgx_enclave", "/dev/sgx/enclave")
+_DEV_SHM = Path("/dev/shm")  # noqa: S108  it is the device that is looked at
 _SHM_BYTES = 64 << 20
 _LOADING_FACTOR = 1.3
 
@@ -42,7 +43,8 @@ def examine(config: WorkerConfig) -> DoctorReport:
         _cuda(config),
         *_model(config),
         _port(config),
-        _shared_memory(Path("/dev/shm")),  # noqa: S108  it is the device that is looked at
+        _shared_memory(_DEV_SHM),
+        *_left_regions(_DEV_SHM),
         _sgx(),
         _gramine(),
     ]
@@ -160,6 +162,19 @@ def _shared_memory(path: Path) -> Check:
     if free < _SHM_BYTES:
         return Check(name="shared memory", status="note", found=found, advice="in a container, raise --shm-size")
     return Check(name="shared memory", status="ok", found=found)
+
+
+def _left_regions(directory: Path) -> list[Check]:
+    """Say which named regions dead processes left; nothing where there are none."""
+    if sys.platform != "linux":
+        return []
+    from tsqp.transport.named import left_regions  # noqa: PLC0415  Linux only
+
+    left = [f"{path} ({size / 2**20:.0f} MB)" for path, size in left_regions(directory)]
+    if not left:
+        return []
+    advice = "the next worker with a named region removes them; or remove them yourself"
+    return [Check(name="left regions", status="note", found=", ".join(left), advice=advice)]
 
 
 def _sgx() -> Check:

@@ -149,6 +149,7 @@ def _report(
         enclave_s=run.total_s - run.waited_s,
         worker_s=run.worker_s,
         waited_s=run.waited_s,
+        pcie_s=run.cost.copy_ns / 1e9,
         wire_s=max(0.0, run.waited_s - run.worker_s),
         verified_rows=run.cost.verified_rows,
         mask_rows_used=run.cost.mask_rows,

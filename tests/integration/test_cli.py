@@ -231,6 +231,27 @@ def test_prompt_file_that_is_not_text(tiny_llama: Path, tmp_path: Path) -> None:
     assert "not UTF-8" in err
 
 
+@pytest.mark.parametrize("words", [["generate"], ["prefill", "--prompt"]], ids=lambda words: words[0])
+def test_a_prompt_that_is_not_utf8_is_one_sentence(words: list[str], bundled_directory: Path) -> None:
+    """As a shell hands it over whose terminal writes in another encoding."""
+    command: list[str | bytes] = [
+        sys.executable,
+        "-m",
+        "tsqp",
+        *words,
+        b"caf\xe9",
+        "--level",
+        "local",
+        "--model",
+        str(bundled_directory),
+    ]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 3
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(b"error: the text is not UTF-8 from character 4 on")
+    assert b"caf" not in done.stdout + done.stderr
+
+
 def test_settings_come_from_flag_then_environment_then_file(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

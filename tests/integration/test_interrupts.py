@@ -92,10 +92,10 @@ def test_a_worker_that_loads_ends_with_the_process_that_started_it(model: Path, 
 def test_ctrl_c_lets_a_stream_finish_before_the_worker_goes(bundled_directory: Path, tmp_path: Path) -> None:
     with serving(bundled_directory, tmp_path) as (process, worker, url):
         with stream_of(url, TOKENS) as stream:
-            events = [_data(stream)]
+            events = [next_data(stream)]
             os.killpg(process.pid, signal.SIGINT)
             while events[-1] != "[DONE]":
-                events.append(_data(stream))
+                events.append(next_data(stream))
         assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
         ends_cleanly(process, worker)
     assert list(tmp_path.iterdir()) == []
@@ -107,16 +107,35 @@ def test_a_second_ctrl_c_does_not_wait_for_answers(
     monkeypatch.setenv("TSQP_DRAIN_S", "600")
     with serving(bundled_directory, tmp_path) as (process, worker, url):
         with stream_of(url, MANY_TOKENS) as stream:
-            last = _data(stream)
+            last = next_data(stream)
             os.killpg(process.pid, signal.SIGINT)
             while _answers(url):  # two signals at once are one
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGINT)
             while "error" not in json.loads(last):
-                last = _data(stream)
+                last = next_data(stream)
         assert json.loads(last)["error"]["code"] == "stopping"
         ends_cleanly(process, worker)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_worker_that_hangs(
+    bundled_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TSQP_DRAIN_S", "TSQP_REQUEST_TIMEOUT_S"):
+        monkeypatch.setenv(name, "600000")
+    with serving(bundled_directory, tmp_path) as (process, worker, url):
+        with stream_of(url, MANY_TOKENS) as stream:
+            last = next_data(stream)
+            worker.suspend()
+            os.killpg(process.pid, signal.SIGINT)
+            while _answers(url):
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGINT)
+            while "error" not in json.loads(last):
+                last = next_data(stream)
+        assert json.loads(last)["error"]["code"] == "stopping"
+        ends_cleanly(process, worker)
 
 
 def test_a_second_ctrl_c_does_not_wait_for_clients() -> None:
@@ -137,9 +156,11 @@ def test_a_second_ctrl_c_does_not_wait_for_clients() -> None:
 
 
 @contextmanager
-def serving(model: Path, scratch: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process, str]]:
+def serving(
+    model: Path, scratch: Path, level: str = "open"
+) -> Iterator[tuple[subprocess.Popen[str], psutil.Process, str]]:
     """Run ``tsqp serve`` with a worker of its own; yield both and the address."""
-    words = ["serve", "--port", "0", "--level", "open", "--model", str(model), "--served-model", "m"]
+    words = ["serve", "--port", "0", "--level", level, "--model", str(model), "--served-model", "m"]
     with foreground(words, scratch) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -169,7 +190,7 @@ def _answers(url: str) -> bool:
         return client.connect_ex(("127.0.0.1", int(url.rsplit(":", 1)[1]))) == 0
 
 
-def _data(stream: HTTPResponse) -> str:
+def next_data(stream: HTTPResponse) -> str:
     """Return the next event's data; what pads events is skipped."""
     for line in stream:
         if line.startswith(b"data: "):

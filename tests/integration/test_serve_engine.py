@@ -6,21 +6,30 @@ import asyncio
 import json
 import math
 import threading
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import tokenizers
 from bad_requests import CHAT, COMPLETIONS, Bad, bad_requests, get, post, send, streamed, wrong
-from http_server import Running
-from openai import AsyncOpenAI, OpenAI
-from real_serving import CONTEXT, MODEL, real_engine, served_engine, speaking_checkpoint
+from openai import AsyncOpenAI
+from real_serving import (
+    BODY_LIMIT,
+    CONTEXT,
+    MODEL,
+    Tiny,
+    client_of,
+    host_of,
+    real_engine,
+    served_engine,
+    speaking_checkpoint,
+)
 from safetensors.torch import load_file, save_file
+from serving import metrics_of
 from soak.answers import float32_error
 from torch import Tensor
 from workers import StartWorker
@@ -35,7 +44,6 @@ from tsqp.serve.chat_template import ChatTemplate
 QUESTION = "The capital of France is"
 HI: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 TOKENS = 12
-BODY_LIMIT = 1 << 14
 _PATIENCE_S = 60
 
 
@@ -66,14 +74,6 @@ class Answer:
 
 def greedy(ids: Sequence[int], tokens: int = TOKENS) -> Generation:
     return Generation(prompt_ids=tuple(ids), max_tokens=tokens, sampling=Sampling(temperature=0))
-
-
-def host_of(server: Running) -> str:
-    return server.url.removeprefix("http://")
-
-
-def client_of(server: Running) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 # OpenAI's package, the bundled model, masked ------------------------------------------------------------------------
@@ -179,21 +179,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return speaking_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-class Tiny:
-    """A server of a tiny model and its engine."""
-
-    def __init__(self, directory: Path, level: str, stack: ExitStack, worker: str | None = None, **sizes: Any) -> None:
-        model = open_model(str(directory), level)
-        self.engine = stack.enter_context(real_engine(model, level, worker, **sizes))
-        self.server = stack.enter_context(served_engine(self.engine, model, level, max_body_bytes=BODY_LIMIT))
-        self.host = host_of(self.server)
-
-    def complete(self, **body: object) -> Any:
-        answered = post(self.host, COMPLETIONS, json.dumps({"model": MODEL, "temperature": 0, **body}).encode())
-        assert answered.status == 200, answered
-        return answered.content
-
-
 @pytest.fixture(scope="module")
 def masked(checkpoint: Path, worker: StartWorker) -> Iterator[Tiny]:
     with ExitStack() as stack:
@@ -223,6 +208,16 @@ def test_what_is_just_allowed_is_answered(masked: Tiny) -> None:
     assert masked.complete(prompt="x", max_tokens=1, temperature=2, seed=(1 << 63) - 1, logprobs=20)["choices"]
     body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 1}).encode()
     assert post(masked.host, COMPLETIONS, body + b" " * (BODY_LIMIT - len(body))).status == 200
+
+
+def test_its_numbers_are_told(masked: Tiny) -> None:
+    masked.complete(prompt="abc", max_tokens=8, ignore_eos=True)
+    with urllib.request.urlopen(f"{masked.server.url}/metrics") as answer:  # noqa: S310  our own address
+        found = metrics_of(answer.read().decode())
+    told = ("bytes_sent_total", "bytes_received_total", "batch_rows", "pool_wanted", "pool_held", "steps_total")
+    assert {name: found[f"tsqp_engine_{name}", ()] for name in told if not found[f"tsqp_engine_{name}", ()] > 0} == {}
+    parts = ("worker", "enclave", "attention", "quantise", "mask", "check", "sampling", "mask_fill")
+    assert [part for part in parts if not found["tsqp_engine_part_seconds_total", (part,)] > 0] == []
 
 
 def test_several_choices_are_computed_together_and_each_is_as_alone(masked: Tiny) -> None:
@@ -369,77 +364,7 @@ def test_a_request_without_numbers_fails_and_others_go_on(poisoned: Tiny, local:
     assert [choice["text"] for choice in in_all_blocks] == [alone["text"]] * 5
 
 
-# Full, and closed -----------------------------------------------------------------------------------------------------
-
-
-class Held:
-    """Steps that wait to be let go."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.open = threading.Event()
-        run = Stepper.run
-
-        def waiting(stepper: Stepper, parts: Any) -> list[Tensor]:
-            assert self.open.wait(_PATIENCE_S)
-            return run(stepper, parts)
-
-        patch.setattr(Stepper, "run", waiting)
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    held = Held(monkeypatch)
-    yield held
-    held.open.set()
-
-
-def test_a_full_queue_is_a_429_and_leaves_nothing_of_the_request(checkpoint: Path, held: Held) -> None:
-    with ExitStack() as stack:
-        tiny = Tiny(checkpoint, "local", stack, max_running=2, max_queued=4)
-        stack.callback(held.open.set)
-        body = json.dumps({"model": MODEL, "prompt": "abc", "max_tokens": 4, "n": 4, "ignore_eos": True}).encode()
-        answers: list[int] = []
-        first = threading.Thread(target=lambda: answers.append(post(tiny.host, COMPLETIONS, body).status))
-        first.start()
-        while tiny.engine.stats().running + tiny.engine.stats().queued < 4:
-            assert first.is_alive()
-        refused = post(tiny.host, COMPLETIONS, body)
-        assert (refused.status, refused.content["error"]["code"]) == (429, "queue_full")
-        held.open.set()
-        first.join()
-        assert answers == [200]
-        until_idle(tiny.engine)
-        assert tiny.engine.stats().completion_tokens == 16  # none of the request that was refused
-        assert post(tiny.host, COMPLETIONS, body).status == 200
-        stats = tiny.engine.stats()
-        assert (stats.running, stats.queued) == (0, 0)
-
-
-def test_a_client_that_leaves_frees_its_blocks(checkpoint: Path, held: Held) -> None:
-    """Whether its prompt is being read, its answer streams, or it waits for the whole."""
-    held.open.set()
-    with ExitStack() as stack:
-        tiny = Tiny(checkpoint, "local", stack)
-        client = stack.enter_context(client_of(tiny.server)).with_options(timeout=0.3)
-        create: Any = partial(client.completions.create, model=MODEL, max_tokens=600, extra_body={"ignore_eos": True})
-        for stream in (True, False):
-            held.open.clear()
-            with pytest.raises(openai.APITimeoutError):
-                list(create(prompt="x" * 300, stream=stream))
-            assert tiny.engine.stats().running == 1
-            held.open.set()
-            until_idle(tiny.engine)
-        assert tiny.engine.stats().completion_tokens < 1200
-
-
-def until_idle(engine: GenerationEngine) -> None:
-    for _ in range(_PATIENCE_S * 20):
-        stats = engine.stats()
-        if not (stats.running or stats.queued):
-            assert stats.blocks_free == stats.blocks_total
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("requests are still running")
+# Closed ---------------------------------------------------------------------------------------------------------------
 
 
 def test_closing_twice_and_asking_afterwards(checkpoint: Path) -> None:

@@ -54,10 +54,11 @@ def stack() -> Iterator[ExitStack]:
 class Served:
     """A server whose worker is at an address."""
 
-    def __init__(self, directory: Path, level: str, address: str, stack: ExitStack) -> None:
+    def __init__(self, directory: Path, level: str, address: str, stack: ExitStack, max_running: int = 64) -> None:
         model = open_model(str(directory), level)
         config = EnclaveConfig(level=level, worker=address, connect_timeout_s=1.0, request_timeout_s=20.0)
-        self.engine: GenerationEngine = stack.enter_context(open_engine(model, config, EngineConfig(kv_memory=1 << 21)))
+        settings = EngineConfig(kv_memory=1 << 21, max_running=max_running)
+        self.engine: GenerationEngine = stack.enter_context(open_engine(model, config, settings))
         self._server = stack.enter_context(served_engine(self.engine, model, level))
         self.url = self._server.url
         self.host = self.url.removeprefix("http://")
@@ -147,6 +148,7 @@ def test_a_wrong_product_ends_all_requests_and_nothing_is_served_any_more(
     assert (error["type"], error["code"]) == ("integrity_error", "not_ready")
     assert error["message"] == ready.content["reason"]
     assert served.metric("tsqp_engine_integrity_failures_total ") == 1
+    assert served.metric('tsqp_generations_failed_total{code="integrity_error"}') == 3
     assert served.metric("tsqp_engine_ready ") == 0
     asked = served.metric('tsqp_http_requests_total{path="/v1/completions"')
     with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=3) as client:
@@ -161,6 +163,37 @@ def test_a_wrong_product_ends_all_requests_and_nothing_is_served_any_more(
     assert len(products_of(liar)) == products
     stats = served.engine.stats()
     assert (stats.running, stats.queued, stats.ready) == (0, 0, False)
+
+
+def test_who_waits_when_the_last_worker_lies_is_told_that_none_is_left(packed: Path, stack: ExitStack) -> None:
+    directory = stack.enter_context(private_socket_directory())
+    liar = HostilePeer(f"ipc://{directory}/worker", Material.read(packed).dispatcher())
+    stack.callback(HostileServer(liar, liar.address).close)
+    served = Served(packed, "masked", liar.address, stack, max_running=1)
+    runs: list[Answered] = []
+    waits: list[Answered] = []
+    events: list[Any] = []
+    body = {**LONG, "prompt": "abc"}
+    asks: list[Callable[[], None]] = [
+        lambda: runs.append(post(served.host, COMPLETIONS, json.dumps(body).encode())),
+        lambda: waits.append(post(served.host, COMPLETIONS, json.dumps(body).encode())),
+        lambda: events.extend(streamed(served.host, COMPLETIONS, body)),
+    ]
+    threads = [threading.Thread(target=ask) for ask in asks]
+    threads[0].start()
+    until(lambda: served.engine.stats().completion_tokens > 2)
+    for thread in threads[1:]:
+        thread.start()
+    until(lambda: served.engine.stats().queued == 2)
+    liar.tamper = LIE
+    for thread in threads:
+        thread.join()
+    assert (runs[0].status, runs[0].content["error"]["code"]) == (500, "integrity_error")
+    assert (waits[0].status, waits[0].headers["x-should-retry"]) == (503, "false")
+    assert len(events) == 1
+    for error in (waits[0].content["error"], events[0]["error"]):
+        assert (error["type"], error["code"]) == ("integrity_error", "not_ready")
+        assert error["message"].startswith("no usable worker is left. ")
 
 
 def products_of(peer: HostilePeer) -> list[object]:
@@ -195,6 +228,7 @@ def test_a_lost_worker_ends_all_requests_and_the_server_serves_again_when_it_is_
     assert "x-should-retry" not in refused.headers
     assert (refused.content["error"]["type"], refused.content["error"]["code"]) == ("worker_error", "not_ready")
     assert served.metric("tsqp_engine_integrity_failures_total ") == 0
+    assert served.metric('tsqp_generations_failed_total{code="worker_unavailable"}') == 3
     stack.enter_context(local_worker(words))
     served.until_ready()
     assert served.complete().content["choices"] == answered.content["choices"]

@@ -8,21 +8,24 @@ import http.client
 import json
 import socket
 import ssl
-import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import openai
 import pytest
 from fake_engine import MODEL, FakeEngine
-from http_server import Running, http_server
+from http_server import Running, http_server, own_certificate
 from openai import OpenAI
 
 from tsqp.config import ServeConfig
-from tsqp.errors import ConfigError
+from tsqp.errors import ConfigError, TransportClosedError
+from tsqp.serve import padding
+from tsqp.serve.bodies import read_body
 from tsqp.serve.server import bind, check_exposure
+
+_PATIENCE_S = 60
 
 
 def client_of(server: Running) -> OpenAI:
@@ -146,27 +149,73 @@ def test_the_workers_view_is_streamed_and_does_not_keep_the_server_from_ending(
 def test_a_request_that_is_cut_off_leaves_the_server_as_it_was() -> None:
     engine = FakeEngine()
     with http_server(engine) as server, client_of(server) as client:
-        host, port = server.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as raw:
-            raw.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 1000\r\n\r\n{"
-            )
+        with raw_request(server, "/v1/completions", b"{", length=1000):
+            pass
         assert client.completions.create(model=MODEL, prompt="x", max_tokens=5).choices[0].text == "Hello"
         assert len(engine.submitted) == 1
 
 
+@contextlib.contextmanager
+def raw_request(server: Running, path: str, body: bytes, length: int | None = None) -> Iterator[socket.socket]:
+    """Send a request over a socket, of a body that says to have another length; yield the socket."""
+    host, port = server.url.removeprefix("http://").split(":")
+    lines = (f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close")
+    head = "\r\n".join((*lines, f"Content-Length: {len(body) if length is None else length}", "", ""))
+    with socket.create_connection((host, int(port)), timeout=_PATIENCE_S) as raw:
+        raw.sendall(head.encode() + body)
+        yield raw
+
+
+def test_a_body_that_comes_too_slowly_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_body, "__defaults__", (0.1,))
+    engine = FakeEngine()
+    with http_server(engine) as server, raw_request(server, "/v1/completions", b'{"model"', length=1000) as raw:
+        answer = http.client.HTTPResponse(raw)
+        answer.begin()
+        assert answer.status == 408
+        assert json.load(answer)["error"]["code"] == "timeout"
+        assert raw.recv(1) == b""  # the rest of that body is no request
+        assert status_of(server, "/readyz") == 200
+    assert engine.submitted == []
+
+
+def records_of(server: Running, path: str, body: dict[str, object]) -> list[bytes]:
+    """Return a stream's chunks as they are on the socket: what one record of TLS would hold."""
+    with raw_request(server, path, json.dumps({"model": MODEL, "stream": True, **body}).encode()) as raw:
+        content = b"".join(iter(lambda: raw.recv(1 << 16), b""))
+    head, _, rest = content.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    chunks = []
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        chunks.append(rest[: int(size, 16)])
+        rest = rest[int(size, 16) + 2 :]
+    assert chunks.pop() == b""
+    return chunks
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_at_masked_every_record_of_a_stream_has_one_size_its_end_too(
+    path: str,
+    body: dict[str, object],
+    fails: bool,  # noqa: FBT001
+) -> None:
+    engine = FakeEngine(fail_after=3 if fails else None, error=TransportClosedError("gone. " * 3))
+    with http_server(engine, level="masked") as server:
+        records = records_of(server, path, {**body, "stream_options": {"include_usage": True}})
+    assert {len(record) for record in records} == {padding.EVENT_BYTES}
+    assert len(records) > 3
+    assert (b"worker_unavailable" in records[-1]) == fails
+    assert (b"data: [DONE]" in records[-1]) != fails
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    directory = tmp_path_factory.mktemp("tls")
-    cert, key = directory / "cert.pem", directory / "key.pem"
-    subprocess.run(
-        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout {key} -out {cert} -days 2 "
-        "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1".split(),
-        check=True,
-        capture_output=True,
-    )
-    return cert, key
+    return own_certificate(tmp_path_factory.mktemp("tls"))
 
 
 def test_tls_with_an_own_certificate(certificate: tuple[Path, Path]) -> None:

@@ -60,10 +60,17 @@ def test_a_chat_is_rendered_by_the_models_template(client: OpenAI, engine: FakeE
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_a_chat_may_be_as_long_as_there_is_room(client: OpenAI, engine: FakeEngine) -> None:
-    client.chat.completions.create(model=MODEL, messages=HI)
-    [generation] = engine.submitted
-    assert len(generation.prompt_ids) + generation.max_tokens == engine.context_length
+def test_a_chat_that_names_no_limit_gets_the_servers_where_there_is_room(engine: FakeEngine) -> None:
+    for default in (40, 10_000):
+        with (
+            http_server(engine, default_tokens=default) as server,
+            OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        ):
+            client.chat.completions.create(model=MODEL, messages=HI)
+        engine.closed_with = None
+    few, all_there_is = engine.submitted
+    assert few.max_tokens == 40
+    assert len(all_there_is.prompt_ids) + all_there_is.max_tokens == engine.context_length
 
 
 def test_a_stream(client: OpenAI) -> None:
@@ -244,3 +251,5 @@ def test_a_client_that_gives_up_waiting_cancels_its_request(client: OpenAI, engi
         client.with_options(timeout=0.5).completions.create(model=MODEL, prompt=["x", "y"])
     engine.wait_until_idle()
     assert sorted(engine.cancelled) == [0, 1]
+    metrics = client._client.get(f"{client.base_url}".replace("/v1/", "/metrics")).text
+    assert "tsqp_generations_failed_total{" not in metrics

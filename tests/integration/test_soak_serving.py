@@ -26,6 +26,8 @@ TEXT = Path(__file__).parents[2] / "benchmarks" / "texts" / "alice.txt"
 # About 15 of the longest requests: some wait, and prefixes are given up.
 CACHE_TOKENS = 8000
 NO_NATIVE = {"TSQP_NATIVE": "off"}
+# As with a worker on another machine: two groups of a step are in flight together.
+TWO_GROUPS = {"TSQP_MICRO_BATCHES": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("level", "requests", "environment"),
-    [("masked", 504, {}), ("verified", 252, NO_NATIVE), ("open", 252, {})],
-    ids=["masked", "verified, without native kernels", "open"],
+    [("masked", 504, {}), ("masked", 252, TWO_GROUPS), ("verified", 252, NO_NATIVE), ("open", 252, {})],
+    ids=["masked", "masked, two groups", "verified, without native kernels", "open"],
 )
 def test_answers_are_those_of_requests_alone_and_nothing_is_left_behind(
     level: str, requests: int, environment: dict[str, str], checkpoint: Path

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from msgspec import Struct
 from soak.holdings import Holdings
 
-# oneDNN, which computes the head at `open`, keeps code for each number of rows that it has seen: up to 1024 of them.
-ONEDNN_BYTES = 64 << 20
+# By how much a worker's memory may have grown at `open`. oneDNN, which computes the head there, keeps code for each
+# number of rows that it has seen, up to 1024, and logits of a scored prompt, 30 MB with the bundled model, leave
+# holes in the heap. Both level off; at packed levels, whose workers do all the rest too, nothing is allowed for.
+OPEN_WORKER_BYTES = 128 << 20
 
 
 class Diverged(Struct, frozen=True):

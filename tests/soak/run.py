@@ -23,7 +23,7 @@ from soak.asked import Asked, Decode, Encode, distinct, plan
 from soak.clients import Clients, Tally, complete, connected
 from soak.holdings import Holdings
 from soak.orders import MODEL, Order, Ready
-from soak.report import ONEDNN_BYTES, Diverged, Report, leaks
+from soak.report import OPEN_WORKER_BYTES, Diverged, Report, leaks
 
 TESTS = Path(__file__).parents[1]
 # Who shares one prefix cache. Requests that run alone have owners of their own, so that they find nothing there.
@@ -131,7 +131,7 @@ def soak(model: str, level: str, words: Words, load: Load) -> Report:
             seconds.append(time.monotonic() - started)
             looks.append(served.look())
         statuses = _statuses(served.ready, judging)
-    worker_slack = ONEDNN_BYTES if level == "open" else load.slack_bytes
+    worker_slack = OPEN_WORKER_BYTES if level == "open" else load.slack_bytes
     judging.problems += leaks(looks[1], looks[2], {"memory_bytes": load.slack_bytes, "worker_bytes": worker_slack})
     return _report(crowd.tally, judging, load.clients, seconds, looks, statuses)
 

@@ -21,7 +21,7 @@ from msgspec import Struct, json  # noqa: E402
 from soak.holdings import Watch, holdings  # noqa: E402
 from soak.orders import MODEL, Order, Ready  # noqa: E402
 
-from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig, ServeConfig  # noqa: E402
+from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig, ServeConfig, load  # noqa: E402
 from tsqp.engine.loop import GenerationEngine, open_engine  # noqa: E402
 from tsqp.engine.memory import cache_bytes  # noqa: E402
 from tsqp.launch import local_worker  # noqa: E402
@@ -56,7 +56,7 @@ def main(order: Order) -> None:
 
 def _engine(order: Order, model: Model, stack: ExitStack) -> GenerationEngine:
     threads = set_threads(None)
-    enclave, engine = EnclaveConfig(level=order.level), EngineConfig()
+    enclave, engine = load(EnclaveConfig, {"level": order.level}), EngineConfig()
     if order.level in WORKER_LEVELS:
         words = ["--model", str(model.directory), "--threads", str(threads)]
         enclave = replace(enclave, worker=stack.enter_context(local_worker(words)))

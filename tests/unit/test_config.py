@@ -53,6 +53,7 @@ def test_published_defaults() -> None:
         (EngineConfig, "TSQP_MAX_RUNNING", "3", "max_running", 3),
         (EngineConfig, "TSQP_MAX_QUEUED", "4", "max_queued", 4),
         (EngineConfig, "TSQP_STEP_TOKENS", "64", "step_tokens", 64),
+        (EngineConfig, "TSQP_DEFAULT_TOKENS", "50", "default_tokens", 50),
         (EngineConfig, "TSQP_REUSE_PREFIXES", "off", "reuse_prefixes", "off"),
         (ServeConfig, "TSQP_MAX_REQUESTS", "5", "max_requests", 5),
     ],

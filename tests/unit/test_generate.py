@@ -50,6 +50,8 @@ def test_the_cache_is_as_large_as_the_request(
     done = run("abc", "--model", model, "--level", "local", "--max-tokens", tokens)
     assert done.exit_code == 0, done.output
     assert "3 prompt tokens" in done.stderr
+    assert f"({blocks * 64} tokens)." in done.stderr
+    assert done.stderr.startswith("memory: keys and values ")
     ((settings, found),) = made
     assert found == blocks
     assert (settings.max_running, settings.reuse_prefixes) == (1, "off")
@@ -61,6 +63,13 @@ def test_a_chat_without_the_extra_says_what_to_install(model: Path, monkeypatch:
     done = run("abc", "--chat", "--model", model, "--level", "local")
     assert done.exit_code == 3
     assert "jinja2 is not installed: run 'pip install tsqp[serve]'" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("words", [[], ["--chat"]])
+def test_a_prompt_that_is_not_utf8_is_one_sentence(words: list[str], model: Path) -> None:
+    done = run("caf\udce9", *words, "--model", model, "--level", "local")
+    assert done.exit_code == 3
+    assert "the text is not UTF-8 from character" in " ".join(done.stderr.split())
 
 
 def test_a_request_that_the_model_does_not_take_takes_no_memory_beyond_it(

@@ -15,12 +15,14 @@ from rich.markup import escape
 
 from tsqp import config as settings
 from tsqp.cli.reporting import notes, progress, reported
-from tsqp.config import WORKER_LEVELS, EnclaveConfig, ServeConfig
+from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig, ServeConfig
 from tsqp.errors import ConfigError, SetupError
 from tsqp.threads import set_threads, share_cores
 
 if TYPE_CHECKING:
     import socket
+
+    from fastapi import FastAPI
 
     from tsqp.engine.api import Engine
     from tsqp.serve.served_model import ServedModel
@@ -59,34 +61,42 @@ def demo(
         enclave = settings.load(
             EnclaveConfig, {"model": model, "level": level, "threads": threads}, defaults={"level": DEFAULT_LEVEL}
         )
+        engine = settings.load(EngineConfig)
         served = settings.load(ServeConfig, {"host": "127.0.0.1", "port": port})
         if enclave.level not in WORKER_LEVELS:
             raise ConfigError(
                 f"at the level {enclave.level} there is no worker to show: choose one of {', '.join(WORKER_LEVELS)}."
             )
-        if enclave.worker is not None:
-            raise ConfigError("tsqp demo starts a worker of its own: unset LLAMA_GPU_ENDPOINT, or use tsqp serve.")
-        _run(enclave, served, with_browser=not no_browser)
+        if enclave.worker or enclave.worker_key or engine.workers or engine.worker_keys:
+            raise ConfigError(
+                "tsqp demo starts a worker of its own, which has no key: unset LLAMA_GPU_ENDPOINT, TSQP_WORKER_KEY, "
+                "TSQP_WORKERS and TSQP_WORKER_KEYS, or use tsqp serve."
+            )
+        _run(enclave, engine, served, with_browser=not no_browser)
 
 
-def _run(enclave: EnclaveConfig, served: ServeConfig, *, with_browser: bool) -> None:
-    """Take the address, load the model, start the worker and answer until stopped."""
+def _run(enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig, *, with_browser: bool) -> None:
+    """Refuse what is unsafe, take the address, load the model, start the worker and answer until stopped."""
     share_cores()
     try:
-        from tsqp.serve.server import bind
+        from tsqp.serve.app import create_app
+        from tsqp.serve.server import bind, check_exposure
     except ModuleNotFoundError as error:
         raise SetupError(f"{error.name} is not installed: run 'pip install tsqp[serve]'.") from error
     from tsqp.serve.process import forbid_core_dumps
 
     forbid_core_dumps()
+    check_exposure(served, _notice)
     with bind(served) as listening, ExitStack() as stack:
-        engine, model, view = _started(enclave, stack)
-        _answer(engine, model, view, served, listening, with_browser=with_browser)
+        running, model, view = _started(enclave, engine, stack)
+        app = create_app(running, model, served, default_tokens=engine.default_tokens, view=view)
+        _answer(running, app, model.level, served, listening, with_browser=with_browser)
 
 
-def _started(enclave: EnclaveConfig, stack: ExitStack) -> tuple[Engine, ServedModel, ViewSource]:
+def _started(enclave: EnclaveConfig, engine: EngineConfig, stack: ExitStack) -> tuple[Engine, ServedModel, ViewSource]:
     """Open the model, start the demonstration worker and the engine; the stack ends them in reverse."""
     from tsqp.engine.loop import open_engine
+    from tsqp.engine.memory import memory
     from tsqp.levels import open_model
     from tsqp.model.locate import model_name
     from tsqp.serve.demo import demo_worker
@@ -97,6 +107,7 @@ def _started(enclave: EnclaveConfig, stack: ExitStack) -> tuple[Engine, ServedMo
     with progress() as step:
         model = open_model(enclave.model, enclave.level, step)
         offered = served(model.tokenizer, model.architecture.vocab_size, model_name(enclave.model), enclave.level)
+        _notice(f"memory: {memory(model.architecture, enclave, engine)}.")
         step("starting a worker", 0.0)
         words = ["--model", str(model.directory), "--dtype", enclave.dtype, "--threads", str(threads)]
         worker = stack.enter_context(demo_worker(words))
@@ -104,32 +115,25 @@ def _started(enclave: EnclaveConfig, stack: ExitStack) -> tuple[Engine, ServedMo
         view = ViewSource(worker.view, enclave.level)
         stack.callback(view.close)
         enclave = replace(enclave, worker=worker.url)
-        engine: Engine = stack.enter_context(open_engine(model, enclave, on_step=step, on_notice=_notice))
-    return engine, offered, view
+        running: Engine = stack.enter_context(open_engine(model, enclave, engine, on_step=step, on_notice=_notice))
+    return running, offered, view
 
 
 def _answer(
-    engine: Engine,
-    model: ServedModel,
-    view: ViewSource,
-    served: ServeConfig,
-    listening: socket.socket,
-    *,
-    with_browser: bool,
+    engine: Engine, app: FastAPI, level: str, served: ServeConfig, listening: socket.socket, *, with_browser: bool
 ) -> None:
-    from tsqp.serve.app import create_app
     from tsqp.serve.server import Server, url_of
 
     url = url_of(listening, served)
 
     def ready() -> None:
-        typer.echo(f"level {model.level}: {_OPENING[model.level]}")
+        typer.echo(f"level {level}: {_OPENING[level]}")
         typer.echo(f"the page is at {url}; Ctrl-C stops")
         if with_browser and has_browser():
             # It may take its time, and the server must answer meanwhile.
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
-    Server(create_app(engine, model, served, view=view), engine, served, ready).run(sockets=[listening])
+    Server(app, engine, served, ready).run(sockets=[listening])
 
 
 def has_browser() -> bool:
@@ -144,4 +148,4 @@ def has_browser() -> bool:
 
 
 def _notice(sentence: str) -> None:
-    notes.print(escape(sentence))
+    notes.print(escape(sentence), soft_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +12,7 @@ from rich.markup import escape
 
 from tsqp import config as settings
 from tsqp.cli.reporting import notes, progress, reported
+from tsqp.cli.workers import with_worker
 from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig
 from tsqp.engine.api import Event, Failed, Finished, Generation, Sampling, Token
 from tsqp.errors import InputError, SetupError
@@ -33,7 +33,7 @@ def generate(
         typer.Option(help="smollm2, a Hugging Face directory, a .gguf file or a packed model.", show_default="smollm2"),
     ] = None,
     worker: Annotated[
-        str | None, typer.Option(help="The worker's address.", show_default="starts one for this run")
+        str | None, typer.Option(help="The worker's address.", show_default="one that runs here, or one for this run")
     ] = None,
     worker_key: Annotated[
         str | None,
@@ -74,7 +74,7 @@ def _run(
     enclave: EnclaveConfig, prompt: str, sampling: Sampling, *, max_tokens: int, stop: tuple[str, ...], chat: bool
 ) -> None:
     from tsqp.engine.loop import open_engine
-    from tsqp.launch import local_worker
+    from tsqp.engine.memory import memory
     from tsqp.levels import open_model
 
     threads = set_threads(enclave.threads)
@@ -88,12 +88,10 @@ def _run(
                 sampling=sampling,
                 stop=stop,
             )
-            if enclave.level in WORKER_LEVELS and enclave.worker is None:
-                words = ["--model", str(model.directory), "--dtype", enclave.dtype, "--threads", str(threads)]
-                enclave = replace(enclave, worker=stack.enter_context(local_worker(words)))
-            engine = stack.enter_context(
-                open_engine(model, enclave, _for_one(model, generation), on_step=step, on_notice=_notice)
-            )
+            enclave = stack.enter_context(with_worker(enclave, model, threads, step, _notice))
+            room = _for_one(model, generation)
+            _notice(f"memory: {memory(model.architecture, enclave, room)}.")
+            engine = stack.enter_context(open_engine(model, enclave, room, on_step=step, on_notice=_notice))
         engine.submit(generation, events.put)
         _print(events)
 
@@ -145,4 +143,4 @@ def _print(events: queue.SimpleQueue[Event]) -> None:
 
 
 def _notice(sentence: str) -> None:
-    notes.print(escape(sentence))
+    notes.print(escape(sentence), soft_wrap=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from tsqp import config as settings
 from tsqp.cli.reporting import notes, pool_rows, print_json, progress, reported
+from tsqp.cli.workers import with_worker
 from tsqp.config import WORKER_LEVELS, EnclaveConfig
 from tsqp.errors import ConfigError, InputError
 from tsqp.threads import set_threads, share_cores
@@ -40,7 +40,7 @@ def prefill(
         ),
     ] = None,
     worker: Annotated[
-        str | None, typer.Option(help="The worker's address.", show_default="starts one for this run")
+        str | None, typer.Option(help="The worker's address.", show_default="one that runs here, or one for this run")
     ] = None,
     worker_key: Annotated[
         str | None,
@@ -172,20 +172,10 @@ def _run(
             config = replace(config, mask_pool=min(ids_BT.numel(), fitting))
         readable = config.level in ("open", "verified") and not config.worker_key
         if readable and config.worker and not parse(config.worker).stays_on_this_machine:
-            notes.print(f"{escape(config.worker)} is not on this machine: activations travel to it unencrypted.")
-        if config.level in WORKER_LEVELS and config.worker is None:
-            config = replace(
-                config, worker=stack.enter_context(_own_worker(config, str(model.directory), threads, step))
-            )
+            _notice(f"{config.worker} is not on this machine: activations travel to it unencrypted.")
+        config = stack.enter_context(with_worker(config, model, threads, step, _notice))
         loaded = stack.enter_context(
-            runnable(
-                config.level,
-                model,
-                config,
-                offload_attention=offload_attention,
-                on_step=step,
-                on_notice=lambda sentence: notes.print(escape(sentence)),
-            )
+            runnable(config.level, model, config, offload_attention=offload_attention, on_step=step, on_notice=_notice)
         )
         describe: dict[str, str | int | None] = {
             "model": config.model,
@@ -198,17 +188,8 @@ def _run(
         return runs.measure(loaded, ids_BT, repeat, describe, decode, step)
 
 
-@contextmanager
-def _own_worker(
-    config: EnclaveConfig, directory: str, threads: int, step: Callable[[str, float], None]
-) -> Iterator[str]:
-    """Run a worker on this machine for the time of a ``with`` block; yield its address."""
-    from tsqp.launch import local_worker
-
-    step("starting a worker", 0.0)
-    with local_worker(["--model", directory, "--dtype", config.dtype, "--threads", str(threads)]) as url:
-        step("starting a worker", 1.0)
-        yield url
+def _notice(sentence: str) -> None:
+    notes.print(escape(sentence))
 
 
 def _show(report: PrefillReport) -> None:
@@ -233,7 +214,9 @@ def _show(report: PrefillReport) -> None:
     if report.round_trips:
         parts = [f"enclave {report.enclave_s * 1000:.1f} ms", f"waiting {report.waited_s * 1000:.1f} ms"]
         turns = f" while {report.micro_batches} micro-batches took turns" if report.micro_batches > 1 else ""
-        table.add_row("time by part", f"{', '.join(parts)}; the worker computed {report.worker_s * 1000:.1f} ms{turns}")
+        copies = f" ({report.pcie_s * 1000:.1f} ms of it copies over PCIe)" if report.pcie_s else ""
+        worked = f"the worker computed {report.worker_s * 1000:.1f} ms{copies}{turns}"
+        table.add_row("time by part", f"{', '.join(parts)}; {worked}")
         megabytes = f"{report.bytes_sent / 1e6:.1f} MB sent, {report.bytes_received / 1e6:.1f} MB received"
         table.add_row("wire", f"{report.round_trips} round trips, {megabytes}")
     table.add_row("next token", f"{report.next_tokens[0]} {escape(repr(report.next_text)) if report.next_text else ''}")

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from tsqp import config as settings
 from tsqp.cli.reporting import notes, pool_rows, progress, reported
+from tsqp.cli.workers import nearest
 from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig, ServeConfig
 from tsqp.errors import ConfigError, SetupError
 from tsqp.threads import set_threads, share_cores
@@ -84,10 +85,16 @@ def serve(
     max_running: Annotated[
         int | None, typer.Option(help="Requests that are generated together.", show_default="64")
     ] = None,
-    max_queued: Annotated[int | None, typer.Option(help="Requests that wait for room.", show_default="256")] = None,
+    max_queued: Annotated[
+        int | None, typer.Option(help="Requests of one API key that wait for room.", show_default="256")
+    ] = None,
     step_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens of prompts and answers that a step computes at most.", show_default="256"),
+    ] = None,
+    default_tokens: Annotated[
+        int | None,
+        typer.Option(help="How long an answer to a chat may be that names no limit.", show_default="1024"),
     ] = None,
     reuse_prefixes: Annotated[
         str | None,
@@ -145,6 +152,7 @@ def serve(
             "max_running": max_running,
             "max_queued": max_queued,
             "step_tokens": step_tokens,
+            "default_tokens": default_tokens,
             "reuse_prefixes": reuse_prefixes,
         }
         flags = {
@@ -185,7 +193,7 @@ def _run(enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig) -> N
     _check_peers(enclave, engine)
     with bind(served) as listening, ExitStack() as stack:
         running, model = _loaded(enclave, engine, served, stack)
-        _answer(running, model, served, listening)
+        _answer(running, model, engine.default_tokens, served, listening)
 
 
 def _check_peers(enclave: EnclaveConfig, engine: EngineConfig) -> None:
@@ -209,12 +217,13 @@ def _loaded(
     """Open the model, start a worker where none is given, and the engine; the stack ends them in reverse."""
     from tsqp.engine.loop import open_engine
     from tsqp.engine.memory import memory
-    from tsqp.launch import local_worker
+    from tsqp.launch import own_worker
     from tsqp.levels import open_model
     from tsqp.model.locate import model_name
     from tsqp.serve import served_model
 
     threads = set_threads(enclave.threads)
+    revive = None
     with progress() as step:
         model = open_model(enclave.model, enclave.level, step)
         name = served.served_model or model_name(enclave.model)
@@ -223,20 +232,29 @@ def _loaded(
         if enclave.level in WORKER_LEVELS and not engine.workers and enclave.worker is None:
             step("starting a worker", 0.0)
             words = ["--model", str(model.directory), "--dtype", enclave.dtype, "--threads", str(threads)]
-            enclave = replace(enclave, worker=stack.enter_context(local_worker(words)))
+            own = stack.enter_context(own_worker(words))
+            enclave, revive = replace(enclave, worker=own.url), own.revive
             step("starting a worker", 1.0)
-        running: Engine = stack.enter_context(open_engine(model, enclave, engine, on_step=step, on_notice=_notice))
+        elif not engine.worker_keys and not enclave.worker_key:
+            engine = replace(engine, workers=tuple(nearest(address, _notice) for address in engine.workers))
+            enclave = replace(enclave, worker=enclave.worker and nearest(enclave.worker, _notice))
+        running: Engine = stack.enter_context(
+            open_engine(model, enclave, engine, on_step=step, on_notice=_notice, revive=revive)
+        )
     return running, offered
 
 
-def _answer(engine: Engine, model: ServedModel, served: ServeConfig, listening: socket.socket) -> None:
+def _answer(
+    engine: Engine, model: ServedModel, default_tokens: int, served: ServeConfig, listening: socket.socket
+) -> None:
     from tsqp.serve.app import create_app
     from tsqp.serve.server import Server, url_of
 
     def ready() -> None:
         typer.echo(f"{model.name}, level {model.level}: listening on {url_of(listening, served)}; Ctrl-C stops")
 
-    Server(create_app(engine, model, served), engine, served, ready).run(sockets=[listening])
+    app = create_app(engine, model, served, default_tokens=default_tokens)
+    Server(app, engine, served, ready).run(sockets=[listening])
 
 
 def _notice(sentence: str) -> None:

@@ -33,7 +33,7 @@ def worker(
         list[str] | None,
         typer.Option(
             help="Address to listen on, repeatable: host:port, ipc:///path or shm:///path.",
-            show_default="127.0.0.1:50051",
+            show_default="127.0.0.1:50051 and, for this user, shared memory",
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda:N.", show_default="cuda:0 where there is one")] = None,
@@ -42,6 +42,9 @@ def worker(
     key: Annotated[
         str | None,
         typer.Option(help="Encrypt every link with this key, a file NAME.key_secret.", show_default="links in clear"),
+    ] = None,
+    cuda_graphs: Annotated[
+        str | None, typer.Option(help="on or off: capture a GPU's products that repeat.", show_default="on")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object when ready.")] = False,
     exit_with_parent: Annotated[bool, typer.Option("--exit-with-parent", hidden=True)] = False,
@@ -58,6 +61,7 @@ def worker(
         "dtype": dtype,
         "threads": threads,
         "key": key,
+        "cuda_graphs": cuda_graphs,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)
 

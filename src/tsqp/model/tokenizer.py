@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from tsqp.errors import WeightsError
+from tsqp.errors import InputError, WeightsError
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _COMPANIONS = (_CONFIG, _GENERATION, _TOKENIZER_CONFIG, _CHAT_TEMPLATE)
 _MAX_COMPANION_BYTES = 1 << 24
+# What Python makes of a byte on a command line that is not UTF-8; no text has it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -65,12 +68,20 @@ class Tokenizer:
         self.conventions = _conventions(companions or {}, self._tokenizer.token_to_id)
 
     def encode(self, text: str) -> list[int]:
-        """Return the text's token ids, with the special tokens the checkpoint adds."""
-        return list(self._tokenizer.encode(text).ids)
+        """Return the text's token ids, with the special tokens the checkpoint adds.
+
+        Raises:
+            InputError: the text cannot be UTF-8.
+        """
+        return list(self._tokenizer.encode(_utf8(text)).ids)
 
     def encode_bare(self, text: str) -> list[int]:
-        """Return the text's token ids alone: of a rendered chat template, which writes its special tokens itself."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Return the text's token ids alone: of a rendered chat template, which writes its special tokens itself.
+
+        Raises:
+            InputError: the text cannot be UTF-8.
+        """
+        return list(self._tokenizer.encode(_utf8(text), add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids."""
@@ -145,6 +156,17 @@ def read_companions(directory: Path, expected: Mapping[str, str] | None = None) 
             )
         found[name] = content
     return found
+
+
+def _utf8(text: str) -> str:
+    """Return a text that can be written in UTF-8.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if (found := _SURROGATE.search(text)) is not None:
+        raise InputError(f"the text is not UTF-8 from character {found.start() + 1} on: check the terminal's encoding.")
+    return text
 
 
 def _conventions(companions: Mapping[str, bytes], find: Callable[[str], int | None]) -> Conventions:

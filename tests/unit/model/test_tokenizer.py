@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer
 
-from tsqp.errors import WeightsError
+from tsqp.errors import InputError, WeightsError
 from tsqp.model.tokenizer import Tokenizer, find_tokenizer, read_tokenizer
 
 TEXTS = {
@@ -85,6 +85,17 @@ def test_saved_truncation_and_padding_are_off(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(save_words(tmp_path, limited=True))
     assert tokenizer.encode("one two three four") == [1, 2, 3, 4]
     assert tokenizer.encode("one") == [1]
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "one \ud83d two", "\udfff"])
+def test_a_text_that_is_not_utf8_is_refused_and_not_repeated(tmp_path: Path, text: str) -> None:
+    """As Python reads such a command line."""
+    tokenizer = read_tokenizer(save_words(tmp_path))
+    place = next(index for index, letter in enumerate(text, 1) if "\ud800" <= letter <= "\udfff")
+    for encode in (tokenizer.encode, tokenizer.encode_bare):
+        with pytest.raises(InputError, match=f"not UTF-8 from character {place} on") as caught:
+            encode(text)
+        assert text not in str(caught.value)
 
 
 def test_found_where_there_is_one(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tsqp.bench.plans import SCALING_BATCHES, SCALING_LENGTHS
 from tsqp.cli.bench import options
 from tsqp.cli.bench.options import (
+    DeviceOption,
     DtypeOption,
     HtmlOption,
     JsonOption,
@@ -36,7 +38,7 @@ bench = typer.Typer(
     no_args_is_help=True,
 )
 
-_LENGTHS = "16,64,128,256,512,1024,2048,4096"
+_LENGTHS, _BATCHES = (",".join(map(str, sizes)) for sizes in (SCALING_LENGTHS, SCALING_BATCHES))
 
 
 @bench.command()
@@ -44,6 +46,7 @@ def prefill(
     model: ModelOption = None,
     tokens: Annotated[int, typer.Option(help="Prompt length.")] = 128,
     dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     micro_batches: MicroBatchesOption = None,
     masks: Annotated[
@@ -84,7 +87,7 @@ def prefill(
         with progress() as step:
             count = config.threads or available_cores()
             report, recordings = prefill_suite.run(
-                config, tokens, count, rounds=rounds, trace=trace is not None, on_step=step
+                config, tokens, count, rounds=rounds, trace=trace is not None, device=device, on_step=step
             )
         _finish(report, html, as_json=json, trace=trace, recordings=recordings)
 
@@ -94,6 +97,7 @@ def levels(
     model: ModelOption = None,
     tokens: Annotated[int, typer.Option(help="Prompt length.")] = 128,
     dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     micro_batches: MicroBatchesOption = None,
     mask_memory: MemoryOption = None,
@@ -118,7 +122,7 @@ def levels(
         with progress() as step:
             count = config.threads or available_cores()
             report, recordings = levels_suite.run(
-                config, tokens, count, rounds=rounds, trace=trace is not None, on_step=step
+                config, tokens, count, rounds=rounds, trace=trace is not None, device=device, on_step=step
             )
         _finish(report, html, as_json=json, trace=trace, recordings=recordings)
 
@@ -147,7 +151,7 @@ def scaling(
         str | None,
         typer.Option(help="Prompt lengths, between commas.", show_default=f"{_LENGTHS}, as far as the model's context"),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Numbers of prompts, between commas.")] = "1,2,4,8,16,32",
+    batch: Annotated[str, typer.Option(help="Numbers of prompts, between commas.")] = _BATCHES,
     batch_tokens: Annotated[int, typer.Option(help="Length of each of those prompts.")] = 16,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,

@@ -34,6 +34,7 @@ MicroBatchesOption = Annotated[
     int | None,
     typer.Option("--micro-batches", help="Parts of a prompt that take turns.", show_default="by the prompt's length"),
 ]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where workers and dealers compute: cpu or cuda:N.")]
 TraceOption = Annotated[
     Path | None,
     typer.Option("--trace", help="Also write a timeline of one prefill per level, for ui.perfetto.dev, to this file."),

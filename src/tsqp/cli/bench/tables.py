@@ -44,8 +44,9 @@ def show(report: Report) -> None:
     if report.ratios:
         console.print(_ratios(report.ratios))
     machine = report.hardware
+    gpu = f"; {escape(machine.gpu)}" if machine.gpu else ""
     console.print(
-        f"{escape(machine.cpu)}, {machine.cores} cores, {machine.memory_gb:g} GB; torch {machine.torch}; "
+        f"{escape(machine.cpu)}, {machine.cores} cores, {machine.memory_gb:g} GB{gpu}; torch {machine.torch}; "
         f"commit {report.commit}\n{escape(report.command)}",
         soft_wrap=True,
     )
@@ -102,8 +103,18 @@ def _what_a_gpu_changes(report: BenchReport) -> str:
 
 def _levels(report: LevelsReport) -> list[Table | str]:
     title = f"{report.model}, prefill of {report.tokens} tokens, {report.dtype}, {report.threads} threads per process"
+    has_pcie = any(variant.pcie_s for variant in report.variants)  # a part of the worker's time
     times = _table(
-        "level", "median ms", "p10 to p90", "enclave", "waiting", "worker", "wire", *_PARTS, title=escape(title)
+        "level",
+        "median ms",
+        "p10 to p90",
+        "enclave",
+        "waiting",
+        "worker",
+        "wire",
+        *_PARTS,
+        *(("PCIe",) if has_pcie else ()),
+        title=escape(title),
     )
     floors = _table(
         "floor, ms (distance)", "enclave", "worker", "wire", *_PARTS, "largest part", "sum", title="floors of the parts"
@@ -112,7 +123,8 @@ def _levels(report: LevelsReport) -> list[Table | str]:
         whole = (variant.enclave_s, variant.waited_s, variant.worker_s, variant.wire_s) if variant.worker_s else ()
         shown = [*map(_ms, whole)] if whole else [""] * 4
         inner = [_ms(value) if value else "" for value in _inner(variant)] if variant.worker_s else [""] * len(_PARTS)
-        times.add_row(variant.name, _ms(variant.median_s), _spread(variant.p10_s, variant.p90_s), *shown, *inner)
+        pcie = (_ms(variant.pcie_s),) if has_pcie else ()
+        times.add_row(variant.name, _ms(variant.median_s), _spread(variant.p10_s, variant.p90_s), *shown, *inner, *pcie)
         if variant.floor:
             floors.add_row(variant.name, *_distances(variant, variant.floor))
     wire = (

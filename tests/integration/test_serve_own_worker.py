@@ -1,0 +1,71 @@
+"""``tsqp serve`` with a worker that it started itself, and that ends: it starts it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from bad_requests import COMPLETIONS, get, post
+from integration.test_interrupts import PATIENCE_S, ends_cleanly, next_data, serving, stream_of, worker_of
+from real_serving import speaking_checkpoint
+
+TOKENS = 900
+SHORT = json.dumps({"model": "m", "prompt": "abc", "max_tokens": 6, "temperature": 0}).encode()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return speaking_checkpoint(tmp_path_factory.mktemp("own"))
+
+
+def until_ready(host: str) -> None:
+    for _ in range(PATIENCE_S * 20):
+        if get(host, "/readyz").status == 200:
+            return
+        time.sleep(0.05)
+    raise AssertionError("it was not ready in time")
+
+
+def lose(worker: psutil.Process, url: str) -> None:
+    """Kill a worker while an answer streams, which ends with an error then."""
+    with stream_of(url, TOKENS) as stream:
+        last = next_data(stream)
+        worker.kill()
+        while "error" not in json.loads(last):
+            last = next_data(stream)
+    assert json.loads(last)["error"]["code"] == "worker_unavailable"
+
+
+@pytest.mark.parametrize("level", ["open", "masked"])
+def test_the_running_request_ends_and_the_next_is_answered(level: str, model: Path, tmp_path: Path) -> None:
+    with serving(model, tmp_path, level) as (process, worker, url):
+        host = url.removeprefix("http://")
+        before = post(host, COMPLETIONS, SHORT)
+        assert before.status == 200
+        lose(worker, url)
+        ready = get(host, "/readyz")
+        assert ready.status == 503
+        assert ready.content["reason"].startswith("no worker is in use for now; one is being opened. With worker shm:")
+        until_ready(host)
+        assert post(host, COMPLETIONS, SHORT).content["choices"] == before.content["choices"]
+        (another,) = psutil.Process(process.pid).children()
+        assert another.pid != worker.pid
+        os.killpg(process.pid, signal.SIGINT)
+        ends_cleanly(process, another)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_it_starts_again_ends_everything(model: Path, tmp_path: Path) -> None:
+    with serving(model, tmp_path) as (process, worker, url):
+        lose(worker, url)
+        another = worker
+        while another == worker:
+            another = worker_of(process)
+        os.killpg(process.pid, signal.SIGINT)
+        ends_cleanly(process, another)
+    assert list(tmp_path.iterdir()) == []
