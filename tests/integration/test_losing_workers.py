@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 from attacks.test_over_sockets import HostileServer
-from hostile import Exchange, HostilePeer, Material, honest
+from hostile import Exchange, HostilePeer, honest
 from sites import LIE, LONG_PROMPT, Site, local_ids, secrets_of, until
-from tiny_models import tiny_checkpoint
-from workers import packed_tiny
 
 from tsqp.enclave.mask_pool import MaskPool
 from tsqp.engine import loop
@@ -23,19 +18,6 @@ from tsqp.engine.scheduler import Scheduler
 from tsqp.errors import IntegrityError, InternalError, TransportError
 from tsqp.transport.keys import ephemeral
 from tsqp.wire import messages
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    floats = tiny_checkpoint(tmp_path_factory.mktemp("several") / "tiny")
-    return floats, packed_tiny(floats, floats.parent / "packed")
-
-
-@pytest.fixture
-def site(directories: tuple[Path, Path]) -> Iterator[Site]:
-    floats, packed = directories
-    with ExitStack() as stack:
-        yield Site(Material.read(packed), floats, stack)
 
 
 @pytest.mark.parametrize("how", ["lies", "lost"])

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from attacks.test_over_sockets import HostileServer
-from hostile import HostilePeer, Material, laid_out
+from hostile import HostilePeer, laid_out
 from sites import LIE, LONG_PROMPT, Site, local_ids, secrets_of, until
-from tiny_models import tiny_checkpoint
-from workers import free_port, packed_tiny
+from workers import free_port
 
 from tsqp.enclave.mask_pool import pool_rows
 from tsqp.engine.api import Finished
 from tsqp.errors import HostileError, IntegrityError, TransportError
 from tsqp.transport.keys import ephemeral
 from tsqp.wire import messages
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    floats = tiny_checkpoint(tmp_path_factory.mktemp("several") / "tiny")
-    return floats, packed_tiny(floats, floats.parent / "packed")
-
-
-@pytest.fixture
-def site(directories: tuple[Path, Path]) -> Iterator[Site]:
-    floats, packed = directories
-    with ExitStack() as stack:
-        yield Site(Material.read(packed), floats, stack)
 
 
 @pytest.mark.parametrize("level", ["open", "verified", "masked"])
