@@ -264,8 +264,8 @@ def test_mistakes_with_keys_get_one_sentence(tmp_path: Path) -> None:
     assert (code, out) == (3, "")
     assert "cannot read the key file" in err
     secret = load_secret(tmp_path / "worker.key_secret").secret.decode()
-    for command in (("keys", "show", secret), ("worker", "--key", secret)):
-        code, out, err = run(*command, "--json")
+    for command in (("keys", "show", "--json", "--", secret), ("worker", "--json", "--key", secret)):
+        code, out, err = run(*command)  # a key may begin with "-"
         assert code == 3
         assert secret[:20] not in out + err
 

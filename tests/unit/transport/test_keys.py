@@ -15,6 +15,7 @@ import zmq
 import zmq.auth
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from zmq.utils import z85
 
 from tsqp.errors import ConfigError, InternalError, SetupError
 from tsqp.transport.keys import KeyPair, check_public, create, ephemeral, load_public, load_secret, read_public
@@ -132,7 +133,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             load(tmp_path / "none.key_secret")
 
 
-PUBLIC, SECRET = (key.decode() for key in zmq.curve_keypair())
+# Always the same, as they stand in names of tests.
+SECRET = z85.encode(bytes(range(32))).decode()
+PUBLIC = zmq.curve_public(SECRET.encode()).decode()
 OTHER = zmq.curve_keypair()[0].decode()
 MALFORMED: dict[str, str | bytes] = {
     "empty": "",
