@@ -22,8 +22,9 @@ demo: $(STAMP)  ## Run the bundled model split, local and monolithic, and compar
 	@echo
 	@echo "To chat in the browser and watch what the worker sees meanwhile: $(BIN)/tsqp demo (or $(BIN)/tsqp demo --level open)"
 
+# Two processes, a file's tests in one of them: most of a test's time is waiting for a process that it started.
 test: $(STAMP)  ## Run all tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
