@@ -86,9 +86,10 @@ def parse(text: str) -> Endpoint:
     if scheme != "tcp":
         raise ConfigError(f"endpoint {text!r}: unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}.")
     host, colon, port = rest.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
     digits = port.isascii() and port.isdigit() and len(port) <= _MAX_PORT_DIGITS
-    if not colon or not host or not digits or not 0 < int(port) <= _MAX_PORT:
+    if not colon or not host or {"[", "]"} & set(host) or not digits or not 0 < int(port) <= _MAX_PORT:
         raise ConfigError(
             f"endpoint {text!r}: expected host:port with a port from 1 to {_MAX_PORT}, as in localhost:50051."
         )

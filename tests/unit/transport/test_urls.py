@@ -40,6 +40,9 @@ def test_valid_addresses(text: str, url: str, shown: str) -> None:
         ("localhost:1.5", "expected host:port"),
         ("localhost:٣", "expected host:port"),
         ("localhost:²", "expected host:port"),
+        ("[::1:1", "expected host:port"),
+        ("::1]:1", "expected host:port"),
+        ("[[::1]]:1", "expected host:port"),
         ("localhost:" + "9" * 5000, "expected host:port"),
         ("http://localhost:50051", "unknown scheme 'http'; known: tcp, ipc"),
         ("inproc://x", "unknown scheme 'inproc'"),
@@ -63,6 +66,7 @@ def test_the_longest_socket_path_is_accepted() -> None:
 @settings(deadline=None)
 @given(text=st.text() | st.text().map("tcp://{}:50051".format) | st.from_regex(r"\A(tcp://)?[a-z.\[\]:]*:[0-9]*\Z"))
 @example("[]:1")
+@example("[[:1")
 def test_any_text_gives_an_endpoint_or_a_config_error(text: str) -> None:
     try:
         endpoint = parse(text)
