@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -9,12 +10,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny_models import tiny_checkpoint
 from transformers.utils import logging
 from workers import StartWorker, running_worker
 
 from tsqp.model.locate import BUNDLED, bundled_file, locate, locate_packed
 
+# Property tests try the same inputs each time, so that a change is judged by what it changes. To look for more:
+# HYPOTHESIS_PROFILE=random .venv/bin/pytest.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("random", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 logging.disable_progress_bar()
 # A shell starts what runs in the background with Ctrl-C ignored, and commands under test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
