@@ -1,7 +1,15 @@
 def best() -> int: ...
 def multiply(x: int, panels: int, y: int, rows: int, inputs: int, outputs: int, isa: int, threads: int, /) -> None: ...
 def multiply_floats(
-    x: int, panels: int, bias: int, y: int, rows: int, inputs: int, outputs: int, isa: int, threads: int, /
+    x: int,
+    panels: int,
+    bias: int,
+    y: int,
+    shape: tuple[int, int, int],
+    rows_apart: tuple[int, int],
+    isa: int,
+    threads: int,
+    /,
 ) -> None: ...
 def quantize(x: int, factor: float, xq: int, scale: int, rows: int, inputs: int, isa: int, threads: int, /) -> int: ...
 def dequantize(

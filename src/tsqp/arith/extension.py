@@ -55,3 +55,15 @@ def strided(tensor: Tensor, *shape: int) -> int:
             f"not {tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {list(tensor.stride())}."
         )
     return at
+
+
+def separate_rows(tensor: Tensor, rows: int, columns: int) -> int:
+    """Return where float32 rows lie that do not overlap; they may be parts of wider ones.
+
+    Raises:
+        ExactnessError: another dtype, shape or layout, or elements that are not aligned.
+    """
+    at = strided(tensor, rows, columns)
+    if rows > 1 and tensor.stride(0) < columns:
+        raise ExactnessError(f"a native kernel takes rows apart from each other, not strides {list(tensor.stride())}.")
+    return at

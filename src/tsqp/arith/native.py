@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tsqp.arith import extension
-from tsqp.arith.extension import INSTRUCTION_SETS, address, readable
+from tsqp.arith.extension import INSTRUCTION_SETS, address, readable, separate_rows, strided
 from tsqp.arith.layer_kernels import LayerKernels
 from tsqp.errors import ConfigError, ExactnessError
 
@@ -107,10 +107,10 @@ class Kernels(LayerKernels):
         """Store x W^T (+ b) in y; see ``arith/panels.py``.
 
         Args:
-            x_MK: float32, K at least 1; another process may change it meanwhile.
+            x_MK: float32, K at least 1; another process may change it meanwhile. Rows may be of wider ones.
             panels: float32, shape (P, K, 16), contiguous.
             bias_N: float32.
-            y_MN: float32, contiguous; apart from x, and each element is written once.
+            y_MN: float32, rows perhaps of wider ones; apart from x, and each element is written once.
 
         Raises:
             ExactnessError: other dtypes, shapes or layouts.
@@ -118,16 +118,16 @@ class Kernels(LayerKernels):
         (rows, inputs), outputs = x_MK.shape, y_MN.shape[-1]
         if not inputs:
             raise ExactnessError("a native kernel takes at least one input.")
-        x_MK = readable(x_MK)
+        if x_MK.stride(1) != 1 or x_MK.data_ptr() % x_MK.element_size():
+            x_MK = x_MK.clone(memory_format=torch.contiguous_format)
         bias_N = None if bias_N is None else readable(bias_N)
         _extension.multiply_floats(
-            address(x_MK, torch.float32, rows, inputs),
+            strided(x_MK, rows, inputs),
             address(panels, torch.float32, -(-outputs // PANEL), inputs, PANEL),
             0 if bias_N is None else address(bias_N, torch.float32, outputs),
-            address(y_MN, torch.float32, rows, outputs),
-            rows,
-            inputs,
-            outputs,
+            separate_rows(y_MN, rows, outputs),
+            (rows, inputs, outputs),
+            (x_MK.stride(0), y_MN.stride(0)),
             self._level,
             torch.get_num_threads(),
         )

@@ -204,7 +204,7 @@ static void write_rows(const struct float_product *product, const struct part *p
 {
     const size_t width = part->panels * PANEL, column = part->panel * PANEL;
     for (size_t r = from; r < from + rows; r++)
-        memcpy(product->y + (part->row + r) * product->outputs + column, part->sums + r * width,
+        memcpy(product->y + (part->row + r) * product->y_row + column, part->sums + r * width,
                smaller(width, product->outputs - column) * sizeof(float));
 }
 
@@ -212,7 +212,7 @@ static void write_rows(const struct float_product *product, const struct part *p
 static void multiply_rows(const struct plan *plan, const struct part *part, size_t from, size_t rows, struct tile *tile)
 {
     const struct float_product *product = plan->product;
-    tile->x = product->x + (part->row + from) * product->inputs + part->input;
+    tile->x = product->x + (part->row + from) * product->x_row + part->input;
     for (size_t done = 0, panels; done < part->panels; done += panels) {
         panels = part->panels - done;
         if (panels >= plan->block)
@@ -234,7 +234,7 @@ static void multiply_part(const struct plan *plan, const struct part *part)
     struct tile tile = {
         .every = part->ahead ? tiles : part->inputs,
         .steps = part->inputs,
-        .x_stride = product->inputs,
+        .x_stride = product->x_row,
         .panel_stride = product->inputs * PANEL,
         .sums_stride = part->panels * PANEL,
     };

@@ -57,14 +57,16 @@ static PyObject *multiply(PyObject *self, PyObject *arguments)
 static PyObject *multiply_floats(PyObject *self, PyObject *arguments)
 {
     address x, panels, bias, y;
-    Py_ssize_t rows, inputs, outputs;
+    Py_ssize_t rows, inputs, outputs, x_row, y_row;
     int isa, threads, failed;
     (void)self;
-    if (!PyArg_ParseTuple(arguments, "KKKKnnnii", &x, &panels, &bias, &y, &rows, &inputs, &outputs, &isa, &threads))
+    if (!PyArg_ParseTuple(arguments, "KKKK(nnn)(nn)ii", &x, &panels, &bias, &y, &rows, &inputs, &outputs, &x_row, &y_row, &isa,
+                          &threads))
         return NULL;
     const struct float_product product = {
         ADDRESS(const float *, x), ADDRESS(const float *, panels), ADDRESS(const float *, bias), ADDRESS(float *, y),
-        (size_t)rows,              (size_t)inputs,                 (size_t)outputs,
+        (size_t)rows,              (size_t)inputs,                 (size_t)outputs,              (size_t)x_row,
+        (size_t)y_row,
     };
     Py_BEGIN_ALLOW_THREADS
     failed = float_product(&product, possible(isa), threads);

@@ -44,11 +44,12 @@ int exact_product(const struct product *product, enum isa isa, int threads);
 
 /* y = x W^T (+ bias) in float32 (float_gemm.c). Returns 0, or -1 where the instruction set is PORTABLE. */
 struct float_product {
-    const float *x;      /* (rows, inputs); another process may change them meanwhile */
+    const float *x;      /* (rows, inputs), rows x_row apart; another process may change them meanwhile */
     const float *panels; /* (ceil(outputs / 16), inputs, 16) */
     const float *bias;   /* (outputs), or NULL */
-    float *y;            /* (rows, outputs) */
+    float *y;            /* (rows, outputs), rows y_row apart */
     size_t rows, inputs, outputs; /* inputs: at least 1 */
+    size_t x_row, y_row;
 };
 int float_product(const struct float_product *product, enum isa isa, int threads);
 

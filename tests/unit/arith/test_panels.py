@@ -124,6 +124,17 @@ def test_nothing_outside_the_result_is_written(
     assert torch.equal(x_MK, operands(*shape)[0])
 
 
+def test_rows_may_be_of_wider_ones(kernels: native.Kernels, threads: int) -> None:
+    x_MK, w_NK, bias_N = operands(131, 40, 35)
+    want = multiply(kernels, x_MK, w_NK, bias_N)
+    wide, out = torch.full((131, 60), torch.nan), torch.full((131, 50), torch.nan)
+    wide[:, 7:47] = x_MK
+    kernels.multiply_floats(wide[:, 7:47], panels.lay_out(w_NK), bias_N, out[:, 9:44])
+    assert torch.equal(out[:, 9:44], want), f"{threads} threads"
+    out[:, 9:44] = torch.nan
+    assert out.isnan().all()
+
+
 def test_strided_and_unaligned_rows_are_copied(kernels: native.Kernels) -> None:
     x_MK, w_NK, bias_N = operands(6, 40, 20)
     want = multiply(kernels, x_MK, w_NK, bias_N)
@@ -162,6 +173,7 @@ def test_what_does_not_fit_is_refused(kernels: native.Kernels) -> None:
         (x, laid_out, bias, torch.zeros(3, 3)),
         (x, laid_out, bias, torch.zeros(2, 17)),
         (x, laid_out, bias, torch.zeros(2, 6)[:, ::2]),
+        (x, laid_out, bias, torch.zeros(1, 3).expand(2, 3)),
         (x, laid_out, bias, y.int()),
     ):
         with pytest.raises(ExactnessError, match="a native kernel takes"):
