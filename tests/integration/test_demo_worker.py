@@ -53,19 +53,20 @@ def test_it_tells_what_it_sees_and_computes_what_every_worker_does(model: Path, 
     flags = ["--model", str(model), *(["--exact"] if level != "open" else [])]
     config = replace(CONFIG, mask_pool=8 if level == "masked" else None)
     ids_BT = torch.tensor([IDS])
+    products = 6 if level == "open" else 9  # two layers; at `open` an embedding too, and products in pairs
     with demo_worker(flags) as worker:
         assert seen(worker.view, level, lambda _event: True)["requests"] == 0
         opened = open_model(str(model), level)
         with runnable(level, opened, replace(config, worker=worker.url)) as run:
             logits_BV = run.predict(ids_BT)
-        event = seen(worker.view, level, lambda event: event["requests"] > 8)
+        event = seen(worker.view, level, lambda event: event["requests"] >= products)
     with runnable("local", opened, EnclaveConfig()) as run:
         assert torch.allclose(logits_BV, run.predict(ids_BT), atol=1e-4)
     assert event["level"] == level
     assert event["reading"]["by"] == by
     assert (event["reading"]["prompt"] == TEXT) is (level != "masked")
     assert (event["reading"]["sure"] > 0.5) is (level != "masked")
-    assert event["last"][0]["group"] == "head"
+    assert event["last"][0]["group"] == ("layers.1.down and head" if level == "open" else "head")
     if level == "masked":
         assert event["histogram"]["limit"] == 2.0**31
 

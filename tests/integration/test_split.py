@@ -85,11 +85,11 @@ def test_offloaded_attention_agrees_and_costs_two_more_round_trips_a_layer(
         fetched = link.session.meter.round_trips
         assert_same_logits(offloaded.prefill(ids_BT, all_logits=True), expected)
         after = link.session.meter.round_trips
-    assert between - before == 4 * architecture.layers + 2
-    assert after - fetched == 6 * architecture.layers + 2
+    assert between - before == 2 * architecture.layers + 2
+    assert after - fetched == 4 * architecture.layers + 2
 
 
-def test_a_prefill_of_the_bundled_model_takes_122_round_trips_for_212_modules(
+def test_a_prefill_of_the_bundled_model_takes_62_round_trips_for_212_modules(
     worker: StartWorker, bundled_directory: Path
 ) -> None:
     architecture = read_config(bundled_directory)
@@ -97,7 +97,7 @@ def test_a_prefill_of_the_bundled_model_takes_122_round_trips_for_212_modules(
         model = Llama(architecture, link.ops)
         before = link.session.meter.round_trips
         model.prefill(torch.tensor([[1, 2, 3]]))
-        assert link.session.meter.round_trips - before == 122
+        assert link.session.meter.round_trips - before == 62
         assert link.welcome.module_count == module_count(linear_groups(architecture)) == 212
 
 
@@ -145,6 +145,8 @@ def test_a_worker_counts_what_it_did(worker: StartWorker, tiny_llama: Path) -> N
     with linked(worker(tiny_llama), tiny_llama) as link:
         Llama(read_config(tiny_llama), link.ops).prefill(random_ids(1, 5))
         stats, _ = link.session.result(link.session.submit(lambda i: messages.Stats(id=i)), messages.StatsResult)
-    assert stats.requests["linear"] >= 13
+    layers = read_config(tiny_llama).layers
+    assert stats.requests["linear"] >= 1
+    assert stats.requests["linearpair"] >= 2 * layers
     assert stats.bytes_received > 0
     assert stats.bytes_sent > 0

@@ -5,18 +5,20 @@ Shapes: V vocabulary, D hidden, T tokens, N query heads, G key-value heads, H he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tsqp.audit.recorder import Recording, Seen
 from tsqp.model.architecture import EMBEDDING_MODULE, LlamaConfig, read_config
 from tsqp.model.layers import RotaryTable, rms_norm, rotate
 from tsqp.model.linears import Linears
 from tsqp.model.llama import Llama
 from tsqp.model.ops import LocalOps, read_state
 from tsqp.model.overlap import Pending
+from tsqp.model.pairs import LinearPairs
 from tsqp.model.weights import Checkpoint
 
 FIRST_GROUP = "layers.0.qkv"
@@ -147,6 +149,22 @@ class PublicRunner:
         self._linears = Linears(public.config, public.checkpoint, torch.float32, cpu)
         self._state = read_state(self._linears, public.checkpoint)
         self.config = public.config
+
+    def followed(self, recording: Recording) -> Recording:
+        """Return what the worker has seen once it has computed the pairs of groups that it was asked for.
+
+        Of a pair it receives what the first group reads and the residual stream, and computes what the second reads.
+        """
+        pairs = LinearPairs(self._linears, self._state)
+        seen: list[Seen] = []
+        for each in recording.seen:
+            pair = pairs.by_name.get(each.group)
+            if pair is None:
+                seen.append(each)
+                continue
+            x_MK, normed_MD = pairs.inputs(pair.name, each.tensor)
+            seen += [Seen(each.operation, pair.first.name, x_MK), Seen(each.operation, pair.second.name, normed_MD)]
+        return replace(recording, seen=tuple(seen))
 
     def inputs(self, ids_BT: Tensor, groups: frozenset[str]) -> dict[str, Tensor]:
         """Run texts and return what each group's linear layer reads.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tsqp.errors import InputError
+from tsqp.model.architecture import pair_name
 from tsqp.transport.base import Buffer, ClientTransport, Delivery
 from tsqp.wire import codec, messages
 
@@ -21,7 +22,7 @@ class Seen:
 
     Attributes:
         operation: the request's name on the wire.
-        group: the linear group it names; empty where a request names none.
+        group: the linear group it names, or the pair; empty where a request names none.
         tensor: a copy of what was sent.
     """
 
@@ -108,7 +109,10 @@ class RecordingTransport:
         request = codec.decode_request(frames)
         header = request.header
         operation, group = str(header.__struct_config__.tag), str(getattr(header, "group", ""))
-        if operation in _WITHHELD or (self._groups is not None and group and group not in self._groups):
+        named = {group} - {""}
+        if isinstance(header, messages.LinearPair):
+            named, group = {group, header.then}, pair_name(group, header.then)
+        if operation in _WITHHELD or (self._groups is not None and named and not named & self._groups):
             return
         self._seen += [Seen(operation, group, tensor) for tensor in request.tensors]
         if isinstance(header, messages.MaskProduct):

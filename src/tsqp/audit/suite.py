@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -65,6 +65,7 @@ def run(
         on_step: told the fraction done.
     """
     generator = torch.Generator().manual_seed(SEED)
+    evidence = replace(evidence, opened=attacker.public.runner().followed(evidence.opened))
     checks: list[Callable[[], list[Result]]] = []
     if levels:
         attacker.train(deeper_groups(attacker.public.config))

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Floors:
         self._config = config
         self._service = service
         self._protected = protected
-        self._ready = ReadyOps(config, state)
+        self._ready = ReadyOps(config, state, pairs=service.serves == "open")
         self._llama = Llama(config, self._ready)
         self._inputs: list[tuple[str, Tensor]] = []
 
@@ -159,11 +160,13 @@ class ReadyOps:
     Args:
         config: the model's architecture.
         state: its non-linear parameters.
+        pairs: whether products come in pairs.
     """
 
-    def __init__(self, config: LlamaConfig, state: dict[str, Tensor]) -> None:
+    def __init__(self, config: LlamaConfig, state: dict[str, Tensor], *, pairs: bool) -> None:
         self._config = config
         self._state = state
+        self._pairs = pairs
         self._left: deque[Tensor] = deque()
         self._random = torch.randn(_LARGEST, generator=torch.Generator().manual_seed(0))
 
@@ -185,6 +188,14 @@ class ReadyOps:
     def linear(self, group: str, x_MK: Tensor) -> Pending:  # noqa: ARG002  the shape is known
         """See ``LinearOps.linear``."""
         return self._left.popleft
+
+    def linear_pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Pending | None:  # noqa: ARG002
+        """See ``LinearOps.linear_pair``."""
+        return partial(self._both, residual_MD) if self._pairs else None
+
+    def _both(self, residual_MD: Tensor) -> Tensor:
+        residual_MD.add_(self._left.popleft())
+        return self._left.popleft()
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """See ``LinearOps.matmul``; not used here."""

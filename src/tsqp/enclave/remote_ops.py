@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsqp.enclave.session import Session
 from tsqp.errors import InputError, ProtocolError
-from tsqp.model.architecture import LlamaConfig, linear_groups, norm_shapes
+from tsqp.model.architecture import LlamaConfig, linear_groups, norm_shapes, pair_name
 from tsqp.model.overlap import Pending
 from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyRequest, TensorSpec
@@ -47,6 +47,35 @@ class OpenOps:
         x = int8_rows.encode(x_MK) if self._extra else x_MK
         return self._product(lambda i: messages.Linear(id=i, group=group, x=spec), (x,), expect, f"linear {group}")
 
+    def linear_pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Pending | None:
+        """See ``LinearOps.linear_pair``. The worker could add up the residual stream from the products it computes.
+
+        None as int8: with one scale per token the few large values of a residual stream leave nothing of the others.
+        """
+        if self._extra:
+            return None
+        (rows, inputs), hidden = x_MK.shape, residual_MD.shape[1]
+        spec = TensorSpec(self._wire, (rows, inputs + hidden))
+        expect = TensorSpec(self._wire, (rows, hidden + self._rows[then]))
+        wide, frame = self._session.room(spec)
+        try:
+            wide[:, :inputs] = x_MK
+            wide[:, inputs:] = residual_MD
+        except BaseException:
+            self._session.discard(frame)
+            raise
+        operation = f"linear {pair_name(group, then)}"
+        header = partial(messages.LinearPair, group=group, then=then, x=spec)
+        request_id = self._session.submit(lambda i: header(id=i), [frame], operation)
+
+        def split(y: Tensor, *, own: bool) -> Tensor:
+            residual_MD.add_(y[:, :hidden])
+            second = y[:, hidden:]
+            kept = own and second.dtype == torch.float32 and second.is_contiguous()
+            return second if kept else second.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+        return partial(self._collect, request_id, expect, operation, split)
+
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """See ``LinearOps.matmul``. The worker sees both activations.
 
@@ -81,20 +110,22 @@ class OpenOps:
             self._session.discard(*frames)
             raise
         request_id = self._session.submit(make, frames, operation)
+        return partial(self._collect, request_id, expect, operation, self._decoded)
 
-        def collect() -> Tensor:
-            reply, delivery = self._session.delivered(request_id, messages.Result)
-            try:
-                y = codec.claim(reply, delivery.frames, expect, f"{operation} from {self._session.peer}").unverified()
-                if self._extra:
-                    return int8_rows.decode(y)
-                if delivery.shared or y.data_ptr() % torch.float32.itemsize:  # in a datagram it may begin anywhere
-                    return y.to(torch.float32, copy=True)
-                return y if y.dtype == torch.float32 else y.float()
-            finally:
-                delivery.release()
+    def _collect(self, request_id: int, expect: TensorSpec, operation: str, read: Callable[..., Tensor]) -> Tensor:
+        """Take a reply; ``read`` copies out of memory that is not our ``own`` or not aligned, reading once."""
+        reply, delivery = self._session.delivered(request_id, messages.Result)
+        try:
+            y = codec.claim(reply, delivery.frames, expect, f"{operation} from {self._session.peer}").unverified()
+            # In a datagram it may begin anywhere.
+            return read(y, own=not (delivery.shared or y.data_ptr() % torch.float32.itemsize))
+        finally:
+            delivery.release()
 
-        return collect
+    def _decoded(self, y: Tensor, *, own: bool) -> Tensor:
+        if self._extra:
+            return int8_rows.decode(y)
+        return y if own and y.dtype == torch.float32 else y.to(torch.float32, copy=True)
 
     def abandon(self) -> None:
         """See ``LinearOps.abandon``."""

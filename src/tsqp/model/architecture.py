@@ -93,6 +93,20 @@ def linear_groups(config: LlamaConfig) -> tuple[LinearGroup, ...]:
     return (*groups, LinearGroup("head", (HEAD_MODULE,), d, (config.vocab_size,), bias=False))
 
 
+def norm_before(group: str) -> str | None:
+    """Return which norm's result a linear group reads, by checkpoint name; None if it reads something else."""
+    layer, _, kind = group.rpartition(".")
+    if kind == "head":
+        return "model.norm.weight"
+    norm = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}.get(kind)
+    return f"model.{layer}.{norm}.weight" if norm else None
+
+
+def pair_name(group: str, then: str) -> str:
+    """Return what two groups that are computed for one request are called (``model/pairs.py``)."""
+    return f"{group} and {then}"
+
+
 def module_count(groups: Iterable[LinearGroup]) -> int:
     """Count Linear and Embedding modules, as the published system did (a tied head counts)."""
     return 1 + sum(len(group.members) for group in groups)

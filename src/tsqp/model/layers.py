@@ -1,4 +1,4 @@
-"""The non-linear parts that stay in the enclave: RMSNorm, rotary embedding, SwiGLU.
+"""The non-linear parts: RMSNorm, rotary embedding, SwiGLU. They stay in the enclave, but for norms within ``pairs``.
 
 Native kernels compute them where they are built, PyTorch's operators elsewhere; the two round differently. Either way a
 token's bits depend on that token only. For the operators this relies on one thread, since threads cut rows anywhere

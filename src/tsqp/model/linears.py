@@ -199,7 +199,7 @@ class Linears:
         Args:
             name: the group.
             x_MK: the rows.
-            out_MN: where to store the result, contiguous and in the weights' dtype; by default new memory.
+            out_MN: where to store the result, in the weights' dtype, rows perhaps of wider ones; by default new memory.
         """
         with memory_errors(f"linear {name}", self.device):
             bias_N, panels = self._biases.get(name), self._panels.get(name)

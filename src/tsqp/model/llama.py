@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import InputError
-from tsqp.model.architecture import LlamaConfig
+from tsqp.model.architecture import LlamaConfig, norm_before
 from tsqp.model.attention import causal_attention, offloaded_attention
 from tsqp.model.kv_cache import KVCache
 from tsqp.model.layers import Angles, RotaryTable, add_rms_norm, rms_norm, rotate_rows, swiglu
@@ -104,7 +104,7 @@ class _Chunk:
 
 
 class Llama:
-    """A LLaMA whose linear layers are computed by ``ops`` and everything else here, in float32.
+    """A LLaMA: ``ops`` compute linear layers, and may compute norms between two; all else is done here, in float32.
 
     Args:
         config: the model's architecture.
@@ -186,21 +186,28 @@ class Llama:
         config, kept = self.config, rows.kept
         angles = self._rotary.at(rows.positions_M)
         x_MD = yield self._ops.embedding(rows.ids_M)
-        normed = rms_norm(x_MD, self._norm("layers.0.input_layernorm"), config.rms_norm_eps)
+        normed = rms_norm(x_MD, self._norm_before("layers.0.qkv"), config.rms_norm_eps)
+        product = yield self._ops.linear("layers.0.qkv", normed)
         for index in range(config.layers):
             last = index == config.layers - 1
-            qkv_ME = yield self._ops.linear(f"layers.{index}.qkv", normed)
-            attended = rows.attend(index, qkv_ME.view(len(x_MD), -1, config.head_size), angles, last=last)
+            attended = rows.attend(index, product.view(len(x_MD), -1, config.head_size), angles, last=last)
             if last and kept is not None:
                 x_MD = x_MD[kept]
                 if not len(kept):
                     return x_MD.new_empty(0, config.vocab_size)
-            y_MD = yield self._ops.linear(f"layers.{index}.o", attended)
-            normed = self._add_norm(x_MD, y_MD, f"layers.{index}.post_attention_layernorm")
-            hidden_MF = swiglu((yield self._ops.linear(f"layers.{index}.gate_up", normed)))
-            y_MD = yield self._ops.linear(f"layers.{index}.down", hidden_MF)
-            normed = self._add_norm(x_MD, y_MD, "norm" if last else f"layers.{index + 1}.input_layernorm")
-        return (yield self._ops.linear("head", normed))
+            product = yield from self._pair(f"layers.{index}.o", f"layers.{index}.gate_up", attended, x_MD)
+            following = "head" if last else f"layers.{index + 1}.qkv"
+            product = yield from self._pair(f"layers.{index}.down", following, swiglu(product), x_MD)
+        return product
+
+    def _pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Steps:
+        """End a block and begin the next; see ``LinearOps.linear_pair``."""
+        pending = self._ops.linear_pair(group, then, x_MK, residual_MD)
+        if pending:
+            return (yield pending)
+        y_MD = yield self._ops.linear(group, x_MK)
+        normed = add_rms_norm(residual_MD, y_MD, self._norm_before(then), self.config.rms_norm_eps)
+        return (yield self._ops.linear(then, normed))
 
     def attention(self, q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:
         """Compute attention here, or send its products away; see ``causal_attention``."""
@@ -208,11 +215,8 @@ class Llama:
             return offloaded_attention(q_BTNH, k_BGSH, v_BGSH, wanted, self._ops.matmul)
         return causal_attention(q_BTNH, k_BGSH, v_BGSH, wanted)
 
-    def _norm(self, name: str) -> Tensor:
-        return self._norms[f"model.{name}.weight"]
-
-    def _add_norm(self, x_MD: Tensor, added_MD: Tensor, name: str) -> Tensor:
-        return add_rms_norm(x_MD, added_MD, self._norm(name), self.config.rms_norm_eps)
+    def _norm_before(self, group: str) -> Tensor:
+        return self._norms[norm_before(group) or ""]
 
 
 def check_prompt_length(tokens: int, config: LlamaConfig) -> None:

@@ -64,6 +64,18 @@ class Linear(Request, frozen=True, tag="linear"):
     x: TensorSpec
 
 
+class LinearPair(Request, frozen=True, tag="linear_pair"):
+    """Multiply by one group's weights, and the norm of the sum with the residual stream by the next group's.
+
+    The frame ``x`` of shape (M, K + D) has what the group reads and the residual stream beside it. Answered with shape
+    (M, D + N): the product with ``group``, and beside it the product with ``then``. Served at ``open`` only.
+    """
+
+    group: Name
+    then: Name
+    x: TensorSpec
+
+
 class LinearExact(Request, frozen=True, tag="linear_exact"):
     """Multiply the int32 frame ``x`` (M, K) by one group's int8 codes modulo 2^32. Answered with int32 (M, N)."""
 
@@ -122,7 +134,7 @@ class Stats(Request, frozen=True, tag="stats"):
     """Ask for the worker's counters."""
 
 
-AnyRequest = Hello | Linear | LinearExact | Codes | MaskProduct | Embedding | MatMul | State | Stats
+AnyRequest = Hello | Linear | LinearPair | LinearExact | Codes | MaskProduct | Embedding | MatMul | State | Stats
 
 
 class Reply(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):

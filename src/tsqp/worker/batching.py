@@ -24,9 +24,9 @@ MAX_WAITING_BYTES = 256 << 20
 
 
 class Rows(Struct, frozen=True):
-    """What a request is multiplied by, and how many rows it brings."""
+    """What a request is multiplied by, a group's name or a pair's, and how many rows it brings."""
 
-    group: str
+    name: str
     count: int
 
 
@@ -80,7 +80,7 @@ class Queue:
         taken, kept = [oldest], []
         room = MAX_BATCH_ROWS - (oldest.rows.count if oldest.rows else 0)
         for request in self._waiting[1:]:
-            if oldest.rows and request.rows and request.rows.group == oldest.rows.group and request.rows.count <= room:
+            if oldest.rows and request.rows and request.rows.name == oldest.rows.name and request.rows.count <= room:
                 taken.append(request)
                 room -= request.rows.count
             else:

@@ -96,7 +96,7 @@ class CudaEngine:
             return
         track = self._free.pop()
         try:
-            self._flying.append(self._launch(track, rows.group, requests))
+            self._flying.append(self._launch(track, rows.name, requests))
         except Exception:  # noqa: BLE001  compute() finds out which request it was, and why
             self._free.append(track)
             self._compute(requests)
@@ -113,11 +113,12 @@ class CudaEngine:
             except RuntimeError as error:
                 self._fail(error)
 
-    def _launch(self, track: _Track, group: str, requests: Sequence[Waiting]) -> _Flight:
-        service, spec = self.service, self.service.groups[group]
+    def _launch(self, track: _Track, name: str, requests: Sequence[Waiting]) -> _Flight:
+        service = self.service
+        inputs, outputs = service.widths(name)
         count = sum(request.rows.count for request in requests if request.rows)
-        x_MK = track.operands.view((count, spec.in_features), service.rows_dtype)
-        y_MN = track.results.view((count, spec.rows), service.rows_dtype)
+        x_MK = track.operands.view((count, inputs), service.rows_dtype)
+        y_MN = track.results.view((count, outputs), service.rows_dtype)
         first = 0
         for request in requests:
             rows_MK = service.operand(request.header, request.tensors)
@@ -125,7 +126,7 @@ class CudaEngine:
             first += len(rows_MK)
         lane = track.lane
         with lane.working(), torch.inference_mode():
-            graph = track.graphs.find((group, count), lambda: self._capture(lane, group, x_MK))
+            graph = track.graphs.find((name, count), lambda: self._capture(lane, name, x_MK))
             began = lane.moment()
             if graph:
                 operand_MK, product_MN = graph.operand_MK, graph.result_MN
@@ -136,14 +137,14 @@ class CudaEngine:
             if graph:
                 graph.replay()
             else:
-                product_MN = lane.compute(lambda: service.multiply(group, operand_MK))
+                product_MN = lane.compute(lambda: service.multiply(name, operand_MK))
             computed = lane.moment()
             lane.copy(product_MN, y_MN)
             return _Flight(requests, track, y_MN, began, arrived, computed, lane.moment())
 
-    def _capture(self, lane: Lane, group: str, like_MK: Tensor) -> Graph:
+    def _capture(self, lane: Lane, name: str, like_MK: Tensor) -> Graph:
         operand_MK = torch.empty_like(like_MK, device=self.service.device)
-        replay, result_MN = lane.capture(lambda: self.service.multiply(group, operand_MK))
+        replay, result_MN = lane.capture(lambda: self.service.multiply(name, operand_MK))
         return Graph(operand_MK, result_MN, replay)
 
     def finished(self) -> list[Product]:

@@ -113,22 +113,22 @@ def _outcomes(service: WorkerService, requests: Sequence[Waiting]) -> list[Resul
     first = requests[0]
     if first.rows is None:
         return [_result(service.product(first.header, first.tensors))]
-    group = first.rows.group
+    name = first.rows.name
     if len(requests) == 1:
-        return [_alone(service, first, group)]
+        return [_alone(service, first, name)]
     x_MK = torch.cat([service.operand(request.header, request.tensors) for request in requests])
-    parts = service.multiply(group, x_MK).split([request.rows.count for request in requests if request.rows])
+    parts = service.multiply(name, x_MK).split([request.rows.count for request in requests if request.rows])
     return [_result(service.result(request.header, y_MN)) for request, y_MN in zip(requests, parts, strict=True)]
 
 
-def _alone(service: WorkerService, request: Waiting, group: str) -> Result:
+def _alone(service: WorkerService, request: Waiting, name: str) -> Result:
     """Compute one request's product, on the CPU written where the client reads it, if it need not be converted."""
     operand_MK = service.operand(request.header, request.tensors)
     if service.device.type != "cpu" or not service.sends_products(request.header):
-        return _result(service.result(request.header, service.multiply(group, operand_MK)))
-    spec = TensorSpec(codec.dtype_name(service.rows_dtype), (operand_MK.shape[0], service.groups[group].rows))
+        return _result(service.result(request.header, service.multiply(name, operand_MK)))
+    spec = TensorSpec(codec.dtype_name(service.rows_dtype), (operand_MK.shape[0], service.widths(name)[1]))
     y_MN, frame = _room(request, spec)
-    service.multiply(group, operand_MK, y_MN)
+    service.multiply(name, operand_MK, y_MN)
     return Result(spec, frame)
 
 

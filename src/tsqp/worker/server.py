@@ -87,7 +87,7 @@ class Worker:
             self._engine.start(requests)
         self.dispatcher.finish(self._engine.finished())
         if self._ahead and rows:
-            self._ahead.after(rows.group)
+            self._ahead.after(rows.name)
 
 
 def engine_for(service: WorkerService, *, cuda_graphs: bool) -> Engine:

@@ -17,12 +17,14 @@ from tsqp.arith.ring import Codes, multiply
 from tsqp.errors import InputError
 from tsqp.model.architecture import LinearGroup
 from tsqp.model.linears import Linears, bound_result, memory_errors
+from tsqp.model.pairs import LinearPairs
 from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyRequest, Service
 from tsqp.worker.batching import Rows
 
 # In which activations may travel at the level open.
 WIRE_DTYPES: tuple[messages.DtypeName, ...] = ("float32", "float16", "bfloat16", "int8")
+_FLOAT_ROWS = (messages.Linear, messages.LinearPair)
 _WHAT = {
     "open": "float products, for the level open",
     "exact": "int8 codes, for the levels verified and masked",
@@ -35,6 +37,8 @@ class WorkerService(Protocol):
 
     serves: Service
     groups: dict[str, LinearGroup]
+    # Names of pairs, and of the group that each ends with; none but at `open`.
+    pairs: dict[str, str]
     device: torch.device
     wire_dtypes: tuple[messages.DtypeName, ...]
 
@@ -58,7 +62,7 @@ class WorkerService(Protocol):
             DeviceMemoryError: no room.
         """
 
-    # What ``product`` does, in parts, for requests that are multiplied together.
+    # What ``product`` does, in parts, for requests that are multiplied together. ``name`` is a group's, or a pair's.
 
     def rows(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Rows | None:
         """Check a request for rows times a group's weights; None if it is of another kind, which ``product`` checks.
@@ -70,11 +74,14 @@ class WorkerService(Protocol):
     def operand(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """Return a checked request's rows, shape (M, K), on the CPU, in ``rows_dtype``."""
 
-    def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
-        """Multiply rows, moved to the device where need be, by a group's weights; the result stays there.
+    def widths(self, name: str) -> tuple[int, int]:
+        """Return how many columns ``multiply`` takes, and how many it returns."""
+
+    def multiply(self, name: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        """Multiply rows, moved to the device where need be; the result stays there.
 
         Args:
-            group: its name.
+            name: by what, from ``rows``.
             x_MK: from ``operand``, of one request or of several.
             out_MN: where to store the result; by default new memory.
 
@@ -108,13 +115,15 @@ class OpenService:
         self.groups, self.device = linears.groups, linears.device
         self.dtype = self.rows_dtype = linears.dtype
         self.state = state
+        self._pairs = LinearPairs(linears, state)
+        self.pairs = {name: pair.second.name for name, pair in self._pairs.by_name.items()}
 
     def product(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """See ``WorkerService.product``. The result has the dtype that the request's tensor had."""
         match header:
-            case messages.Linear(group=group):
-                self.rows(header, tensors)
-                return self.result(header, self.multiply(group, self.operand(header, tensors)))
+            case messages.Linear() | messages.LinearPair():
+                rows = self.rows(header, tensors)
+                return self.result(header, self.multiply(rows.name if rows else "", self.operand(header, tensors)))
             case messages.Embedding(dtype=name):
                 return _on_the_wire(self.linears.embedding(tensors[0]), name)
             case messages.MatMul(a=a):
@@ -124,10 +133,12 @@ class OpenService:
 
     def rows(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Rows | None:
         """See ``WorkerService.rows``."""
-        if not isinstance(header, messages.Linear):
+        if not isinstance(header, _FLOAT_ROWS):
             return None
         # What the header says of the tensor has been found true.
         shape, dtype = header.x.shape, codec.TORCH_DTYPES[header.x.dtype]
+        if isinstance(header, messages.LinearPair):
+            return Rows(self._pairs.check((header.group, header.then), dtype, shape).name, shape[0])
         if dtype == torch.int8 and shape:
             row = int8_rows.decode(tensors[0][:1])
             group = self.linears.check(header.group, row.dtype, tuple(row.shape))
@@ -143,9 +154,14 @@ class OpenService:
             return x
         return (int8_rows.decode(x) if x.dtype == torch.int8 else x).to(self.dtype)
 
-    def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+    def widths(self, name: str) -> tuple[int, int]:
+        """See ``WorkerService.widths``."""
+        group = self.groups.get(name)
+        return (group.in_features, group.rows) if group else self._pairs.by_name[name].widths
+
+    def multiply(self, name: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
         """See ``WorkerService.multiply``."""
-        return self.linears.multiply(group, x_MK, out_MN)
+        return (self.linears if name in self.groups else self._pairs).multiply(name, x_MK, out_MN)
 
     def weights(self, group: str) -> Tensor | None:
         """See ``WorkerService.weights``."""
@@ -153,11 +169,11 @@ class OpenService:
 
     def sends_products(self, header: AnyRequest) -> bool:
         """See ``WorkerService.sends_products``."""
-        return isinstance(header, messages.Linear) and codec.TORCH_DTYPES[header.x.dtype] == self.dtype
+        return isinstance(header, _FLOAT_ROWS) and codec.TORCH_DTYPES[header.x.dtype] == self.dtype
 
     def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:
         """See ``WorkerService.result``."""
-        return _on_the_wire(y_MN, header.x.dtype) if isinstance(header, messages.Linear) else y_MN
+        return _on_the_wire(y_MN, header.x.dtype) if isinstance(header, _FLOAT_ROWS) else y_MN
 
 
 def _on_the_wire(y: Tensor, name: messages.DtypeName) -> Tensor:
@@ -184,6 +200,7 @@ class _CodesService:
 
     def __init__(self, groups: Sequence[LinearGroup], codes: dict[str, Codes], device: torch.device) -> None:
         self.groups = {group.name: group for group in groups}
+        self.pairs: dict[str, str] = {}
         self.device = device
         self.state: dict[str, Tensor] = {}
         self._codes = codes
@@ -194,10 +211,15 @@ class _CodesService:
             raise InputError(f"no linear group is named {group!r}.")
         return codes
 
-    def multiply(self, group: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+    def widths(self, name: str) -> tuple[int, int]:
+        """See ``WorkerService.widths``."""
+        codes = self._codes_of(name)
+        return codes.inputs, codes.rows
+
+    def multiply(self, name: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
         """See ``WorkerService.multiply``."""
-        with memory_errors(f"exact linear {group}", self.device):
-            return multiply(x_MK.to(self.device), self._codes_of(group), out_MN)
+        with memory_errors(f"exact linear {name}", self.device):
+            return multiply(x_MK.to(self.device), self._codes_of(name), out_MN)
 
     def weights(self, group: str) -> Tensor | None:
         """See ``WorkerService.weights``."""

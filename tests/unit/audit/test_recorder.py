@@ -103,6 +103,17 @@ def test_it_keeps_copies_in_order() -> None:
         recording.first("head")
 
 
+def test_of_a_pair_both_names_are_kept_and_either_is_enough() -> None:
+    recorder = Recorder(frozenset({"layers.1.qkv"}))
+    link = recorder.wrap("worker")(Link())
+    x_MC = torch.randn(2, 7)
+    for group, then in (("layers.0.down", "layers.1.qkv"), ("layers.1.down", "layers.2.qkv")):
+        link.send(packed(messages.LinearPair(id=1, group=group, then=then, x=codec.spec_of(x_MC)), x_MC))
+    (seen,) = recorder.recording("worker").seen
+    assert (seen.operation, seen.group) == ("linear_pair", "layers.0.down and layers.1.qkv")
+    assert torch.equal(seen.tensor, x_MC)
+
+
 def test_token_ids_are_withheld() -> None:
     recorder = Recorder()
     link = recorder.wrap("worker")(Link())

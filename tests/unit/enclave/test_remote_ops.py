@@ -86,6 +86,32 @@ def test_linear_sends_the_group_and_activations_in_the_wire_dtype(dtype: torch.d
     assert torch.equal(asked.tensors[0], x_MK.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_pair_sends_the_residual_stream_beside_the_activations(dtype: torch.dtype, rows: int) -> None:
+    y = torch.arange(float(rows * 40)).view(rows, 40).to(dtype)
+    ops, worker = ops_with(answering(y), dtype)
+    x_MK, residual_MD = torch.arange(rows * 12.0).view(12, rows).T, torch.arange(rows * 8.0).view(rows, 8)
+    sent = residual_MD.clone()
+    pending = ops.linear_pair("layers.0.down", "head", x_MK, residual_MD)
+    assert pending is not None
+    assert torch.equal(residual_MD, sent), "the first product comes later"
+    second = pending()
+    assert (second.dtype, second.is_contiguous()) == (torch.float32, True)
+    assert torch.equal(second, y[:, 8:].float())
+    assert torch.equal(residual_MD, sent + y[:, :8].float())
+    (asked,) = worker.asked
+    spec = TensorSpec(codec.dtype_name(dtype), (rows, 20))
+    assert asked.header == messages.LinearPair(id=1, group="layers.0.down", then="head", x=spec)
+    assert torch.equal(asked.tensors[0], torch.cat((x_MK, sent), dim=1).to(dtype))
+
+
+def test_as_int8_there_are_no_pairs() -> None:
+    ops, worker = ops_with(answering(torch.zeros(1, 32)), torch.int8)
+    assert ops.linear_pair("layers.0.down", "head", torch.zeros(1, 12), torch.zeros(1, 8)) is None
+    assert not worker.asked
+
+
 def test_embedding_sends_ids_and_asks_for_the_wire_dtype() -> None:
     y_MD = torch.arange(24.0).view(3, 8).half()
     ops, worker = ops_with(answering(y_MD), torch.float16)
@@ -107,6 +133,9 @@ def test_matmul_sends_both_operands_in_row_order() -> None:
     assert torch.equal(asked.tensors[1], b)
 
 
+OPERATIONS = ("linear", "linear_pair", "embedding", "matmul", "state")
+
+
 class SharedTransport(AnsweringTransport):
     """One whose replies lie in memory that the worker changes as soon as it has it back."""
 
@@ -125,13 +154,13 @@ class SharedTransport(AnsweringTransport):
 @pytest.mark.parametrize(
     ("operation", "dtype"),
     [
-        *product(("linear", "embedding", "matmul", "state"), (torch.float32, torch.bfloat16, torch.float16)),
-        *product(("linear", "embedding", "state"), (torch.int8,)),  # which carries no attention products
+        *product(OPERATIONS, (torch.float32, torch.bfloat16, torch.float16)),
+        *product(("linear", "embedding", "state"), (torch.int8,)),  # which carries no pairs and no attention products
     ],
 )
 def test_results_are_copied_out_of_memory_that_the_worker_can_change(operation: str, dtype: torch.dtype) -> None:
     x_MK, ids_M = torch.arange(16.0).view(2, 8), torch.tensor([1, 2])
-    columns = {"linear": 24, "embedding": 8, "matmul": 3, "state": 0}[operation]
+    columns = {"linear": 24, "linear_pair": 32, "embedding": 8, "matmul": 3, "state": 0}[operation]
     y_MN = torch.arange(2.0 * columns).view(2, columns)
     state = {name: torch.rand(shape) for name, shape in norm_shapes(CONFIG).items()}
     sent = int8_rows.encode(y_MN) if dtype == torch.int8 and columns else y_MN.to(dtype)
@@ -141,6 +170,11 @@ def test_results_are_copied_out_of_memory_that_the_worker_can_change(operation: 
     match operation:
         case "linear":
             assert torch.equal(ops.linear("layers.0.qkv", x_MK)(), expected)
+        case "linear_pair":
+            residual_MD = torch.zeros(2, 8)
+            pending = ops.linear_pair("layers.0.o", "layers.0.gate_up", x_MK, residual_MD)
+            assert pending is not None
+            assert torch.equal(torch.cat((pending(), residual_MD), dim=1), expected.roll(-8, dims=1))
         case "embedding":
             assert torch.equal(ops.embedding(ids_M)(), expected)
         case "matmul":
@@ -176,6 +210,29 @@ def test_a_hostile_product_is_refused(name: str) -> None:
     with pytest.raises(ProtocolError, match=r"linear layers\.0\.qkv (from|at) gpu\.example:50051"):
         ops.linear("layers.0.qkv", torch.zeros(2, 8))()
     assert worker.released, "shared memory that is never given back would fill up"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_pair_is_refused_and_the_residual_stream_left_alone(name: str) -> None:
+    ops, worker = ops_with(HOSTILE[name])
+    residual_MD = torch.ones(2, 8)
+    pending = ops.linear_pair("layers.0.o", "layers.0.gate_up", torch.zeros(2, 8), residual_MD)
+    assert pending is not None
+    with pytest.raises(ProtocolError, match=r"linear layers\.0\.o and layers\.0\.gate_up (from|at) gpu\.example:50051"):
+        pending()
+    assert worker.released
+    assert torch.equal(residual_MD, torch.ones(2, 8))
+
+
+def test_a_pair_that_cannot_be_sent_gives_back_its_room() -> None:
+    ops, worker = ops_with(answering(torch.ones(2, 32)))
+    given, discarded = memoryview(bytearray(4 * 2 * 16)), list[memoryview]()
+    worker.allocate = lambda _size, *, kept=False: given  # type: ignore[method-assign, assignment]  # noqa: ARG005
+    worker.discard = discarded.append  # type: ignore[method-assign, assignment]
+    with pytest.raises(NotImplementedError):
+        ops.linear_pair("layers.0.o", "layers.0.gate_up", torch.ones(2, 8), torch.ones(2, 8, device="meta"))
+    assert [id(slot) for slot in discarded] == [id(given)]
+    assert not worker.asked
 
 
 def test_embedding_and_matmul_refuse_other_shapes_too() -> None:

@@ -19,7 +19,9 @@ from workers import packed_tiny
 from tsqp.arith.ring import Codes, lay_out
 from tsqp.errors import DeviceMemoryError
 from tsqp.model.architecture import LinearGroup
+from tsqp.model.ops import read_state
 from tsqp.model.packed import open_codes
+from tsqp.model.weights import Checkpoint
 from tsqp.transport.base import Buffer, Incoming
 from tsqp.transport.spinning import Ahead
 from tsqp.wire import codec, messages
@@ -33,6 +35,7 @@ from tsqp.worker.services import DealerService, ExactService, OpenService, Worke
 
 CPU = torch.device("cpu")
 QKV, DOWN = "layers.1.qkv", "layers.1.down"
+AFTER_DOWN = "layers.2.qkv"
 INPUTS = {QKV: 48, DOWN: 80}
 
 
@@ -123,7 +126,13 @@ def exact(groups: tuple[LinearGroup, ...], codes: dict[str, Codes]) -> ExactServ
 
 @pytest.fixture
 def floats(tiny_llama: Path) -> OpenService:
-    return OpenService(load_linears(tiny_llama), {})
+    linears = load_linears(tiny_llama)
+    return OpenService(linears, read_state(linears, Checkpoint(tiny_llama)))
+
+
+def pair(request_id: int, x_MC: Tensor) -> list[Buffer]:
+    header = messages.LinearPair(id=request_id, group=DOWN, then=AFTER_DOWN, x=codec.spec_of(x_MC))
+    return [messages.encode(header), codec.frame_of(x_MC)]
 
 
 def waiting(request_id: int, group: str | None, rows: int = 1) -> Waiting:
@@ -208,6 +217,23 @@ def test_float_results_agree_whatever_dtypes_wait_together(floats: OpenService) 
         serve(floats, [alone.message(linear(i, QKV, x))])
         assert client.tensor(i).dtype == x.dtype
         torch.testing.assert_close(client.tensor(i), alone.tensor(i))
+
+
+@pytest.mark.parametrize("has_slots", [False, True])
+def test_pairs_that_wait_together_are_one_product(floats: OpenService, has_slots: bool) -> None:  # noqa: FBT001
+    """And those for the first group alone are another."""
+    generator = torch.Generator().manual_seed(3)
+    xs = [torch.randn(rows, 80 + 48, generator=generator) for rows in (1, 5, 16)]
+    client = Client(has_slots=has_slots)
+    sent = [*(pair(i, x) for i, x in enumerate(xs)), linear(9, DOWN, xs[0][:, :80].contiguous())]
+    dispatcher = serve(floats, [client.message(frames) for frames in sent])
+    assert (dispatcher.products, dispatcher.product_requests) == (2, 4)
+    for i, x in enumerate(xs):
+        alone = Client(has_slots=has_slots)
+        serve(floats, [alone.message(pair(i, x))])
+        torch.testing.assert_close(client.tensor(i), alone.tensor(i))
+        torch.testing.assert_close(client.tensor(i), floats.multiply(f"{DOWN} and {AFTER_DOWN}", x))
+        assert alone.replies[i][1][0] in alone.slots if has_slots else not alone.slots
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

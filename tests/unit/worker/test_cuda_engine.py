@@ -13,6 +13,8 @@ from tiny_models import load_linears
 from torch import Tensor
 
 from tsqp.errors import DeviceError, DeviceMemoryError
+from tsqp.model.ops import read_state
+from tsqp.model.weights import Checkpoint
 from tsqp.transport.base import Buffer, Incoming
 from tsqp.transport.spinning import Ahead
 from tsqp.wire import codec, messages
@@ -110,10 +112,12 @@ class Desk:
         self.dispatcher = Dispatcher(service, "tiny", "digest")
         self.replies: dict[int, tuple[messages.AnyReply, Sequence[Buffer]]] = {}
 
-    def start(self, *asked: tuple[int, Tensor]) -> None:
+    def start(self, *asked: tuple[int, Tensor], pair: tuple[str, str] | None = None) -> None:
         batch: list[Waiting] = []
         for request_id, x_MK in asked:
-            header = messages.Linear(id=request_id, group=QKV, x=codec.spec_of(x_MK))
+            header: messages.AnyRequest = messages.Linear(id=request_id, group=QKV, x=codec.spec_of(x_MK))
+            if pair:
+                header = messages.LinearPair(id=request_id, group=pair[0], then=pair[1], x=codec.spec_of(x_MK))
             frames = (messages.encode(header), codec.frame_of(x_MK))
             request = self.dispatcher.admit(Incoming(frames, legacy=False, reply=self._reply))
             assert request is not None
@@ -141,7 +145,8 @@ def rows(count: int, seed: int) -> Tensor:
 
 @pytest.fixture
 def desk(tiny_llama: Path) -> Desk:
-    return Desk(OpenService(load_linears(tiny_llama), {}))
+    linears = load_linears(tiny_llama)
+    return Desk(OpenService(linears, read_state(linears, Checkpoint(tiny_llama))))
 
 
 def test_a_buffer_is_kept_and_grown_to_powers_of_two() -> None:
@@ -196,6 +201,17 @@ def test_replies_are_sent_when_the_results_are_here_and_not_before(desk: Desk) -
     reply = desk.replies[3][0]
     assert isinstance(reply, messages.Result)
     assert (reply.compute_ns, reply.copy_ns) == (3_000_000, 2_000_000)  # a millisecond in, one for the product, one out
+
+
+def test_pairs_are_products_too_and_captured(desk: Desk) -> None:
+    names = ("layers.0.o", "layers.0.gate_up")
+    x = [torch.randn(2, 96, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    for request_id, x_MC in enumerate(x):
+        desk.start((request_id, x_MC), pair=names)
+        desk.lanes[1].land()
+        assert desk.finish() == [request_id]
+        torch.testing.assert_close(desk.tensor(request_id), desk.service.multiply(" and ".join(names), x_MC))
+    assert (desk.engine.captured, desk.lanes[1].replayed) == (1, 3)
 
 
 def test_a_result_outlives_the_buffer_that_it_came_in(desk: Desk) -> None:

@@ -56,6 +56,8 @@ def test_any_product_gives_a_result_or_a_failure(
     left, right = messages.TensorSpec(dtype, a), messages.TensorSpec(dtype, b)
     for header, frames in [
         (messages.Linear(id=1, group=group, x=left), [zeros(dtype, a)]),
+        (messages.LinearPair(id=1, group="layers.0.o", then="layers.0.gate_up", x=left), [zeros(dtype, a)]),
+        (messages.LinearPair(id=1, group=group, then="head", x=left), [zeros(dtype, a)]),
         (messages.Embedding(id=1, ids=left, dtype=as_dtype), [zeros(dtype, a)]),
         (messages.MatMul(id=1, a=left, b=right), [zeros(dtype, a), zeros(dtype, b)]),
     ]:

@@ -17,7 +17,9 @@ from workers import packed_tiny
 from tsqp.arith import ring
 from tsqp.arith.keystream import keystream_rows
 from tsqp.errors import InputError
+from tsqp.model.ops import read_state
 from tsqp.model.packed import open_codes
+from tsqp.model.weights import Checkpoint
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import TensorSpec
 from tsqp.worker.dispatch import Dispatcher
@@ -42,8 +44,9 @@ def groups(tiny_llama: Path) -> Any:
 @pytest.fixture(scope="module")
 def services(tiny_llama: Path, codes: dict[str, Tensor], groups: Any) -> dict[str, WorkerService]:
     laid_out = {name: ring.lay_out(codes_NK) for name, codes_NK in codes.items()}
+    linears = load_linears(tiny_llama)
     return {
-        "open": OpenService(load_linears(tiny_llama), {}),
+        "open": OpenService(linears, read_state(linears, Checkpoint(tiny_llama))),
         "exact": ExactService(groups, laid_out, CPU),
         "masks": DealerService(groups, laid_out, CPU),
     }
@@ -51,6 +54,11 @@ def services(tiny_llama: Path, codes: dict[str, Tensor], groups: Any) -> dict[st
 
 REQUESTS: dict[str, tuple[str, messages.AnyRequest, tuple[Tensor, ...]]] = {
     "linear": ("open", messages.Linear(id=1, group=GROUP, x=TensorSpec("float32", (2, 48))), (torch.zeros(2, 48),)),
+    "linear_pair": (
+        "open",
+        messages.LinearPair(id=1, group=GROUP, then="layers.1.gate_up", x=TensorSpec("float32", (2, 96))),
+        (torch.zeros(2, 96),),
+    ),
     "linear_exact": (
         "exact",
         messages.LinearExact(id=1, group=GROUP, x=TensorSpec("int32", (2, 48))),
