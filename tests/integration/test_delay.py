@@ -1,4 +1,4 @@
-"""A link with an injected delay: the same result, later; and overlap waits for it once instead of for every part."""
+"""A link with an injected delay: the same result, later; and with overlap every part of a batch is away at once."""
 
 from __future__ import annotations
 
@@ -41,23 +41,6 @@ def test_a_delayed_link_gives_the_same_logits_later(tiny_llama: Path, url: str) 
     assert taken_s >= trips * 2 * DELAY_S
 
 
-def test_overlap_waits_less_than_one_part_after_the_other(tiny_llama: Path, url: str) -> None:
-    """Four sequences one after the other wait for four times as many replies as four that take turns."""
-    ids_BT = random_ids(4, 8)
-    model = open_model(str(tiny_llama), "open")
-    with delayed(url, DELAY_S) as slow:
-        with runnable("open", model, EnclaveConfig(worker=slow, micro_batches=4)) as together:
-            started = time.perf_counter()
-            together.predict(ids_BT)
-            overlapped_s = time.perf_counter() - started
-        with runnable("open", model, EnclaveConfig(worker=slow, micro_batches=1)) as one:
-            started = time.perf_counter()
-            for row in ids_BT:
-                one.predict(row[None])
-            serial_s = time.perf_counter() - started
-    assert overlapped_s < 0.6 * serial_s
-
-
 class Counting:
     """A link that counts how many requests are away at once."""
 
@@ -78,9 +61,10 @@ class Counting:
         return delivery
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_chunks_of_one_prompt_are_away_at_once(tiny_llama: Path, url: str, parts: int) -> None:
-    ids_BT = random_ids(1, 64)
+@pytest.mark.parametrize(("batch", "tokens", "parts"), [(1, 64, 1), (1, 64, 4), (4, 8, 1), (4, 8, 4)])
+def test_parts_of_a_batch_are_away_at_once(tiny_llama: Path, url: str, batch: int, tokens: int, parts: int) -> None:
+    """Chunks of one prompt, and sequences: so a delay is waited for once instead of once for every part."""
+    ids_BT = random_ids(batch, tokens)
     model = open_model(str(tiny_llama), "open")
     links: list[Counting] = []
 
