@@ -100,6 +100,9 @@ class Sample(Struct, frozen=True, kw_only=True):
 
 Run = Callable[[Ask, torch.Tensor], Sample]
 
+# A process that fills its pool may be stopped between asking a dealer and the reply, for as long as all the others' turns.
+_REQUEST_TIMEOUT_S = 24 * 3600.0
+
 
 def tell(sentence: str) -> None:
     """Pass a notice on to whoever runs the benchmark."""
@@ -117,6 +120,7 @@ def settings(order: Order) -> EnclaveConfig:
         dealers=order.dealers,
         dealer_keys=order.dealer_keys,
         micro_batches=order.micro_batches,
+        request_timeout_s=_REQUEST_TIMEOUT_S,
     )
 
 
