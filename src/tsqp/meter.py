@@ -70,7 +70,8 @@ class Meter:
     ``waited_ns`` is time spent blocked on the worker, ``compute_ns`` the worker's own account of its work and
     ``copy_ns`` the part of that in which tensors went to its device and back; ``quantise_ns`` (both directions),
     ``mask_ns``, ``check_ns`` (taking masks off included) and ``ahead_ns`` are the enclave's work of protecting its
-    products; the last is what it does while a product is away: half of its check, and the keystream for the next.
+    products; the last is what it does while a product is away: half of its check, and the keystream for the next. Of
+    that only what the process computes counts: while a worker on the same machine has the core, it is waited for.
     ``mask_wait_ns`` is time a product waited for mask products that were not in the pool, ``mask_fill_ns`` time spent
     filling the pool. ``recorder`` is set for a trace.
     """
@@ -107,6 +108,20 @@ class Meter:
             setattr(self, total, getattr(self, total) + time.monotonic_ns() - started)
             if self.recorder is not None:
                 self.recorder.span(name, started)
+
+    @contextmanager
+    def while_away(self) -> Iterator[None]:
+        """Add the time that the process computes in a ``with`` block to ``ahead_ns``, and the rest to ``waited_ns``."""
+        started, computed = time.monotonic_ns(), time.process_time_ns()
+        try:
+            yield
+        finally:
+            taken_ns = time.monotonic_ns() - started
+            computed_ns = min(taken_ns, time.process_time_ns() - computed)
+            self.ahead_ns += computed_ns
+            self.waited_ns += taken_ns - computed_ns
+            if self.recorder is not None:
+                self.recorder.span("ahead", started)
 
     def since(self, before: Meter) -> Meter:
         """Return what has been added since a copy of this meter was made."""

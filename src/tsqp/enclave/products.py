@@ -234,7 +234,7 @@ class CheckedProducts:
         with self._distrusting():
             mask = self._pool.take(group, len(xq_MK)) if self._pool is not None else None
             answer = self._worker.start(group, len(xq_MK), partial(self._write, xq_MK, mask))
-            with self._meter.span("ahead"):
+            with self._meter.while_away():
                 u = mask.products() if mask is not None else ()
                 expectation = self._checkers[group].expect(xq_MK, u, scaling)
                 if self._pool is not None:
