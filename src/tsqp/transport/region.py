@@ -7,16 +7,20 @@ import mmap
 import os
 import select
 import socket
+import time
 from collections.abc import Callable
 
 from tsqp.errors import ProtocolError
 from tsqp.transport.datagrams import MAX_DATAGRAM
 from tsqp.transport.link import PAGE
-from tsqp.transport.spinning import spin
+from tsqp.transport.spinning import Patience, spin
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _GREETING = b"tsqp region 2"
 REFUSAL = b"\xff\xff\xff\xff"
+# How long to wait awake: a product of a few rows takes less. A core that goes to sleep in a virtual machine takes
+# 0.05 ms and more to wake; a longer product would have to wait for the core of its second thread.
+_SPIN_S = 0.001
 
 
 class SocketBell:
@@ -24,13 +28,14 @@ class SocketBell:
 
     Args:
         connection: of type ``SOCK_SEQPACKET``, connected; the bell owns it.
-        spin_s: gives how long to wait without going to sleep, while whoever wants the core has it.
+        may_spin: tells whether to wait without going to sleep, while whoever wants the core has it.
     """
 
-    def __init__(self, connection: socket.socket, spin_s: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(self, connection: socket.socket, may_spin: Callable[[], bool] = lambda: False) -> None:
         connection.setblocking(False)
         self._connection = connection
-        self._spin_s = spin_s
+        self._may_spin = may_spin
+        self._patience = Patience(_SPIN_S)
         self._watched = (connection.fileno(),)
         self._received = memoryview(bytearray(MAX_DATAGRAM))
         self._poll = select.poll()
@@ -54,10 +59,13 @@ class SocketBell:
 
     def wait(self, limit_s: float) -> bool:
         """See ``Doorbell.wait``. The end of the connection counts as a datagram, which ``receive`` then raises."""
-        spin_s = min(limit_s, self._spin_s())
-        if spin_s and spin(self._watched, spin_s):
-            return True
-        return bool(self._poll.poll(1000 * (limit_s - spin_s)))
+        if not self._may_spin():
+            return bool(self._poll.poll(1000 * limit_s))
+        started = time.perf_counter()
+        spin_s = min(limit_s, self._patience.spin_s)
+        ready = bool(spin_s and spin(self._watched, spin_s)) or bool(self._poll.poll(1000 * (limit_s - spin_s)))
+        self._patience.waited(time.perf_counter() - started)
+        return ready
 
     def close(self) -> None:
         """See ``Doorbell.close``."""

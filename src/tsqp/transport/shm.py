@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import time
-import weakref
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -42,8 +41,8 @@ _LINK_ERRORS = (EOFError, OSError, ProtocolError)
 
 _log = logging.getLogger(__name__)
 
-# The links of this process that are open.
-_clients: weakref.WeakSet[ShmClient] = weakref.WeakSet()
+# The links of this process on which answers are awaited, by identity.
+_awaited: set[int] = set()
 
 
 class ShmClient:
@@ -58,7 +57,7 @@ class ShmClient:
     def __init__(self, peer: str, link: Link, *, own_region: bool) -> None:
         self.peer = peer
         self._link = link
-        _clients.add(self)
+        self._unanswered = 0
         self._own_region = own_region
 
     def allocate(self, size: int, *, kept: bool = False) -> memoryview | None:
@@ -84,6 +83,8 @@ class ShmClient:
             self._link.send(frames)
         except _LINK_ERRORS as error:
             raise self._named(error) from error
+        self._unanswered += 1
+        _awaited.add(id(self))
 
     def receive(self, timeout_s: float) -> Delivery:
         """Wait for one message; see ``ClientTransport.receive``."""
@@ -94,14 +95,22 @@ class ShmClient:
                 ready = self._link.bell.wait(min(left, RETRY_S) if self._link.has_unsent else left)
                 self._link.flush()
                 if ready:
-                    if len(_clients) == 1:
+                    if len(_awaited) == 1:
                         self._link.leave_core()
-                    return self._link.receive()[1]
+                    delivery = self._link.receive()[1]
+                    self._answered()
+                    return delivery
             except _LINK_ERRORS as error:
                 raise self._named(error) from error
             if left == 0.0:
                 raise TransportTimeoutError(f"{self.peer} did not answer within {timeout_s:g} s.")
             left = max(0.0, deadline - time.monotonic())
+
+    def _answered(self) -> None:
+        """Count an answer: each message that is sent has one."""
+        self._unanswered -= 1
+        if self._unanswered <= 0:
+            _awaited.discard(id(self))
 
     def _named(self, error: Exception) -> TsqpError:
         """Say who broke the link, and how."""
@@ -116,7 +125,7 @@ class ShmClient:
     def close(self) -> None:
         """Close at once. May be called twice."""
         self._link.bell.close()
-        _clients.discard(self)
+        _awaited.discard(id(self))
 
 
 def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
@@ -148,17 +157,16 @@ def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
         ) from error
     finally:
         os.close(descriptor)
-    return ShmClient(str(endpoint), Link(SocketBell(connection, _client_spin_s), region, client=True), own_region=True)
+    return ShmClient(str(endpoint), Link(SocketBell(connection, _may_spin), region, client=True), own_region=True)
 
 
-def _client_spin_s() -> float:
-    """Return how long a client spins for a reply: the time of a product of a few rows.
+def _may_spin() -> bool:
+    """Tell whether a client spins for a reply.
 
-    A core that goes to sleep in a virtual machine takes 0.05 ms and more to wake. A longer product would have to wait
-    for the core of its second thread. On a single core spinning would only delay the worker, and beside other links of
-    this process their threads, which hold the interpreter's lock in turn.
+    On a single core spinning would only delay the worker. Where answers are awaited on other links too, one of those
+    comes soon enough, and the cores have work.
     """
-    return 0.0003 if _CORES > 1 and len(_clients) == 1 else 0.0
+    return _CORES > 1 and len(_awaited) == 1
 
 
 class ShmListener:

@@ -323,6 +323,27 @@ def test_who_finds_its_peer_on_its_core_leaves_it(
     assert left == ["worker", "client"], "the peer was elsewhere"
 
 
+def test_a_client_waits_awake_while_no_other_of_its_process_awaits_an_answer(
+    monkeypatch: pytest.MonkeyPatch, endpoint: Endpoint, client: ShmClient, server: Server
+) -> None:
+    monkeypatch.setattr(shm, "_CORES", 2)
+    with contextlib.closing(connect_socket(endpoint, LIMIT_BYTES)) as other:
+        exchange(other, server)  # it is open, and awaits nothing
+        client.send([b"ping"])
+        assert shm._may_spin()
+        other.send([b"ping"])
+        assert not shm._may_spin()
+        for _ in range(2):
+            receive(server).reply([b"pong"])
+        client.receive(PATIENCE_S)
+        assert shm._may_spin()
+        client.send([b"ping"])
+        assert not shm._may_spin()
+    assert shm._may_spin(), "a link that is closed awaits nothing"
+    monkeypatch.setattr(shm, "_CORES", 1)
+    assert not shm._may_spin()
+
+
 def test_where_cores_are_not_known_nobody_leaves(
     client: ShmClient, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
