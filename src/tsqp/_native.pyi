@@ -78,7 +78,17 @@ def keep(
     /,
 ) -> None: ...
 def rms_norm(
-    x: int, added: int, weight: int, eps: float, out: int, rows: int, size: int, isa: int, threads: int, /
+    x: int,
+    added: int,
+    total: int,
+    weight: int,
+    eps: float,
+    out: int,
+    sizes: tuple[int, int],
+    strides: tuple[int, int],
+    isa: int,
+    threads: int,
+    /,
 ) -> None: ...
 def swiglu(gate_up: int, out: int, rows: int, size: int, isa: int, threads: int, /) -> None: ...
 def rotate(

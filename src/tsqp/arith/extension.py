@@ -25,6 +25,13 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
+def readable_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor with a contiguous last dimension, a copy where it has none or elements are not aligned."""
+    if tensor.stride(-1) == 1 and not tensor.data_ptr() % tensor.element_size():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def address(tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
     """Return where a contiguous tensor lies.
 

@@ -142,29 +142,39 @@ class LayerKernels:
             torch.get_num_threads(),
         )
 
-    def rms_norm(self, x_MD: Tensor, weight_D: Tensor, eps: float, out_MD: Tensor, added_MD: Tensor | None) -> None:
-        """Store x / sqrt(mean(x^2) + eps) * weight, after ``x += added`` where that is given.
+    def rms_norm(
+        self,
+        x_MD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        out_MD: Tensor,
+        added_MD: Tensor | None = None,
+        sum_MD: Tensor | None = None,
+    ) -> None:
+        """Store x / sqrt(mean(x^2) + eps) * weight, of ``x + added`` where that is given.
 
         Args:
-            x_MD: float32, as the others; contiguous.
+            x_MD: float32, as the others; rows may be of wider ones, and another process may change it meanwhile.
             weight_D: any layout.
             eps: added to the mean of the squares.
             out_MD: contiguous, and apart from the others.
-            added_MD: any layout.
+            added_MD: as ``x_MD``.
+            sum_MD: where to keep ``x + added``; contiguous, x itself or apart from all others. Without it nowhere.
 
         Raises:
             ExactnessError: other dtypes, shapes or layouts.
         """
         rows, size = x_MD.shape
-        weight_D, added_MD = readable(weight_D), None if added_MD is None else readable(added_MD)
+        weight_D = readable(weight_D)
         module.rms_norm(
-            address(x_MD, torch.float32, rows, size),
-            0 if added_MD is None else address(added_MD, torch.float32, rows, size),
+            strided(x_MD, rows, size),
+            0 if added_MD is None else strided(added_MD, rows, size),
+            0 if sum_MD is None else address(sum_MD, torch.float32, rows, size),
             address(weight_D, torch.float32, size),
             eps,
             address(out_MD, torch.float32, rows, size),
-            rows,
-            size,
+            (rows, size),
+            (x_MD.stride(0), 0 if added_MD is None else added_MD.stride(0)),
             self._level,
             torch.get_num_threads(),
         )

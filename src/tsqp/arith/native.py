@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tsqp.arith import extension
-from tsqp.arith.extension import INSTRUCTION_SETS, address, readable, separate_rows, strided
+from tsqp.arith.extension import INSTRUCTION_SETS, address, readable, readable_rows, separate_rows, strided
 from tsqp.arith.layer_kernels import LayerKernels
 from tsqp.errors import ConfigError, ExactnessError
 
@@ -118,8 +118,7 @@ class Kernels(LayerKernels):
         (rows, inputs), outputs = x_MK.shape, y_MN.shape[-1]
         if not inputs:
             raise ExactnessError("a native kernel takes at least one input.")
-        if x_MK.stride(1) != 1 or x_MK.data_ptr() % x_MK.element_size():
-            x_MK = x_MK.clone(memory_format=torch.contiguous_format)
+        x_MK = readable_rows(x_MK)
         bias_N = None if bias_N is None else readable(bias_N)
         _extension.multiply_floats(
             strided(x_MK, rows, inputs),

@@ -36,3 +36,8 @@ def plain(panels: Tensor, outputs: int) -> Tensor:
     """Copy panels back into weights of shape (N, K)."""
     count, inputs, width = panels.shape
     return panels.transpose(1, 2).reshape(count * width, inputs)[:outputs]
+
+
+def rows(panels: Tensor, index_M: Tensor) -> Tensor:
+    """Copy some rows of the weights out of panels, shape (M, K)."""
+    return panels[index_M // native.PANEL, :, index_M % native.PANEL]

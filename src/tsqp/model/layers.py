@@ -35,7 +35,7 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
             return _norm_rows(x_BTD, weight_D, eps)
     x_MD = extension.readable(x_BTD).flatten(0, -2)
     out_MD = torch.empty_like(x_MD)
-    kernels.rms_norm(x_MD, weight_D, eps, out_MD, None)
+    kernels.rms_norm(x_MD, weight_D, eps, out_MD)
     return out_MD.view(x_BTD.shape)
 
 
@@ -52,7 +52,24 @@ def add_rms_norm(x_MD: Tensor, added_MD: Tensor, weight_D: Tensor, eps: float) -
     if not kernels:
         return rms_norm(x_MD.add_(added_MD), weight_D, eps)
     out_MD = torch.empty_like(x_MD)
-    kernels.rms_norm(x_MD, weight_D, eps, out_MD, added_MD)
+    kernels.rms_norm(x_MD, weight_D, eps, out_MD, extension.readable_rows(added_MD), x_MD)
+    return out_MD
+
+
+def rms_norm_of_sum(x_MD: Tensor, added_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return the ``rms_norm`` of a sum that is not kept: the bits of ``add_rms_norm``.
+
+    Args:
+        x_MD: float32; rows may be of wider ones, and another process may change it meanwhile.
+        added_MD: likewise.
+        weight_D: float32.
+        eps: added to the mean of the squares.
+    """
+    kernels = native.kernels()
+    if not kernels:
+        return rms_norm(x_MD + added_MD, weight_D, eps)
+    out_MD = torch.empty(x_MD.shape)
+    kernels.rms_norm(extension.readable_rows(x_MD), weight_D, eps, out_MD, extension.readable_rows(added_MD))
     return out_MD
 
 

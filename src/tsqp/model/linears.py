@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tsqp.arith import panels
+from tsqp.arith.pair_kernel import PairKernel, Weights
 from tsqp.errors import DeviceMemoryError, InputError
 from tsqp.model.architecture import EMBEDDING_MODULE, LinearGroup, LlamaConfig, linear_groups, weight_shapes
 from tsqp.model.weights import Checkpoint
@@ -96,9 +97,9 @@ def product(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 class Linears:
     """Embedding table and stacked group weights of one model, in one dtype on one device.
 
-    Weights are held once: in the layout of what computes them, panels or oneDNN's, but for the head, which mostly sees
-    one row per prompt, and which shares the embedding table's memory where it is tied. Products of a single member
-    (the first published protocol) need a plain copy of their group's weights, made on first use.
+    Weights are held once: in the layout of what computes them, panels or oneDNN's, but for a head that oneDNN computes,
+    which is plain. A tied head is the embedding table. Products of one member of several (the first published
+    protocol) need a plain copy of their group's weights, made on first use.
 
     Args:
         config: the model's architecture.
@@ -128,11 +129,12 @@ class Linears:
         self._weights: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
         self._plain: dict[str, Tensor] = {}
+        self._embedding_VD: Tensor | None
         with memory_errors("loading", device), torch.inference_mode():
-            self._embedding_VD = self._empty(config.vocab_size, config.hidden_size)
-            checkpoint.read_into(f"{EMBEDDING_MODULE}.weight", self._embedding_VD)
+            self._load_embedding(checkpoint)
             scratch = self._scratch()
-            for done, group in enumerate(self.groups.values()):
+            # The head first: the copy that its panels are made from is large, and not wanted when all else is there.
+            for done, group in enumerate(sorted(self.groups.values(), key=lambda group: group.name != "head")):
                 self._load(group, checkpoint, scratch)
                 if on_progress:
                     on_progress((done + 1) / len(self.groups))
@@ -148,9 +150,21 @@ class Linears:
             max(group.rows * group.in_features for group in self.groups.values() if group.name != "head")
         )
 
+    def _load_embedding(self, checkpoint: Checkpoint) -> None:
+        """Read the embedding table, as rows, or as the panels of a tied head."""
+        table_VD = self._empty(self.config.vocab_size, self.config.hidden_size)
+        checkpoint.read_into(f"{EMBEDDING_MODULE}.weight", table_VD)
+        self._embedding_VD = table_VD
+        if not self.config.tied_head:
+            return
+        if self._kernels:
+            self._panels["head"] = panels.lay_out(table_VD)
+            self._embedding_VD = None
+        else:
+            self._weights["head"] = table_VD
+
     def _load(self, group: LinearGroup, checkpoint: Checkpoint, scratch: Tensor | None) -> None:
         if group.name == "head" and self.config.tied_head:
-            self._weights[group.name] = self._embedding_VD
             return
         shape = (group.rows, group.in_features)
         if group.name == "head":
@@ -158,10 +172,10 @@ class Linears:
         weight_NK = self._empty(*shape) if scratch is None else scratch[: math.prod(shape)].view(shape)
         for member, part in zip(group.members, weight_NK.split(group.out_features), strict=True):
             checkpoint.read_into(f"{member}.weight", part)
-        if scratch is None:
-            self._weights[group.name] = weight_NK
-        elif self._kernels:
+        if self._kernels:
             self._panels[group.name] = panels.lay_out(weight_NK)
+        elif scratch is None:
+            self._weights[group.name] = weight_NK
         else:
             self._weights[group.name] = _onednn_layout(weight_NK)
         if group.bias:
@@ -186,7 +200,7 @@ class Linears:
             DeviceMemoryError: the device has no room for the product.
         """
         group = self.check(name, x_MK.dtype, tuple(x_MK.shape))
-        if member is None:
+        if member is None or len(group.members) == 1:
             return self.multiply(name, x_MK)
         w_NK, bias_N = self._plain_weight(name).split(group.out_features)[member], self._biases.get(name)
         bias_N = None if bias_N is None else bias_N.split(group.out_features)[member]
@@ -228,6 +242,15 @@ class Linears:
         bound_result((shape[0], group.rows))
         return group
 
+    def pair_kernel(self, first: LinearGroup, norm_D: Tensor, second: LinearGroup) -> PairKernel | None:
+        """Return what computes two groups' products and the norm between them natively; None if PyTorch does."""
+        if not self._kernels:
+            return None
+        one, two = (
+            Weights(self._panels[each.name], self._biases.get(each.name), each.rows) for each in (first, second)
+        )
+        return PairKernel(self._kernels, one, norm_D, self.config.rms_norm_eps, two)
+
     def laid_out(self, name: str) -> Tensor | None:
         """Return a group's weights as they are multiplied, to read ahead; None where only oneDNN knows how they lie."""
         weights = self._panels.get(name)
@@ -266,7 +289,10 @@ class Linears:
             raise InputError(f"embedding got a token id outside the vocabulary of {self.config.vocab_size}.")
         bound_result((len(ids), self.config.hidden_size))
         with memory_errors("embedding", self.device):
-            return self._embedding_VD.index_select(0, torch.tensor(ids, dtype=torch.int64, device=self.device))
+            index_M = torch.tensor(ids, dtype=torch.int64, device=self.device)
+            if self._embedding_VD is None:
+                return panels.rows(self._panels["head"], index_M)
+            return self._embedding_VD.index_select(0, index_M)
 
     @torch.inference_mode()
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tsqp.arith.pair_kernel import PairKernel
 from tsqp.errors import InputError
 from tsqp.model.architecture import LinearGroup, norm_before, pair_name
-from tsqp.model.layers import add_rms_norm
+from tsqp.model.layers import rms_norm_of_sum
 from tsqp.model.linears import Linears, bound_result, memory_errors
 
 
@@ -29,11 +30,13 @@ class Pair:
         first: its product has D columns.
         second: reads D columns.
         norm_D: weights of the norm before the second, float32 on the device.
+        kernel: what computes all of it for float32 on the CPU, if there is such a one.
     """
 
     first: LinearGroup
     second: LinearGroup
     norm_D: Tensor
+    kernel: PairKernel | None = None
 
     @property
     def name(self) -> str:
@@ -60,7 +63,9 @@ class LinearPairs:
         for first, second in pairwise(linears.groups.values()):
             norm = norm_before(second.name)
             if norm in state and norm_before(first.name) is None:
-                self._pairs[first.name, second.name] = Pair(first, second, state[norm].to(linears.device))
+                norm_D = state[norm].to(linears.device)
+                kernel = linears.pair_kernel(first, norm_D, second)
+                self._pairs[first.name, second.name] = Pair(first, second, norm_D, kernel)
         self.by_name = {pair.name: pair for pair in self._pairs.values()}
 
     def check(self, names: tuple[str, str], dtype: torch.dtype, shape: tuple[int, ...]) -> Pair:
@@ -78,7 +83,6 @@ class LinearPairs:
         bound_result((shape[0], results))
         return pair
 
-    @torch.inference_mode()
     def multiply(self, name: str, x_MC: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute a pair's products.
 
@@ -95,14 +99,20 @@ class LinearPairs:
         """
         pair, linears = self.by_name[name], self._linears
         with memory_errors(f"linear {name}", linears.device):
-            x_MK, residual_MD = self._parts(pair, x_MC.to(linears.device))
             if out is None:
                 out = torch.empty(len(x_MC), pair.widths[1], dtype=linears.dtype, device=linears.device)
-            first_MD = linears.multiply(pair.first.name, x_MK)
-            out[:, : pair.first.rows] = first_MD
-            normed_MD = self._normed(residual_MD, first_MD, pair.norm_D)
-            linears.multiply(pair.second.name, normed_MD, out[:, pair.first.rows :])
+            if pair.kernel and x_MC.dtype == torch.float32:
+                pair.kernel.multiply(x_MC, out)
+            else:
+                self._multiply(pair, x_MC, out)
             return out
+
+    @torch.inference_mode()
+    def _multiply(self, pair: Pair, x_MC: Tensor, out: Tensor) -> None:
+        x_MK, residual_MD = self._parts(pair, x_MC.to(self._linears.device))
+        first_MD = self._linears.multiply(pair.first.name, x_MK, out[:, : pair.first.rows])
+        normed_MD = self._normed(residual_MD, first_MD, pair.norm_D)
+        self._linears.multiply(pair.second.name, normed_MD, out[:, pair.first.rows :])
 
     @torch.inference_mode()
     def inputs(self, name: str, x_MC: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,5 +131,4 @@ class LinearPairs:
         eps = self._linears.config.rms_norm_eps
         if self._linears.device.type != "cpu":
             return functional.rms_norm(residual_MD.float() + added_MD.float(), norm_D.shape, norm_D, eps)
-        x_MD = torch.empty(residual_MD.shape).copy_(residual_MD)
-        return add_rms_norm(x_MD, added_MD.float(), norm_D, eps)
+        return rms_norm_of_sum(residual_MD.float(), added_MD.float(), norm_D, eps)

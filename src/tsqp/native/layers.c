@@ -31,14 +31,18 @@ INLINE void norm_body(const void *argument, size_t row)
 {
     const struct norms *all = argument;
     const size_t size = all->size;
-    float *x = all->x + row * size, *restrict out = all->out + row * size;
-    const float *weight = all->weight;
+    const float *x = all->x + row * all->x_row, *weight = all->weight;
+    float *out = all->out + row * size;
     if (all->added) {
-        const float *restrict added = all->added + row * size;
+        const float *added = all->added + row * all->added_row;
+        float *sum = all->sum ? all->sum + row * size : out;
+#pragma GCC ivdep
         for (size_t i = 0; i < size; i++)
-            x[i] += added[i];
+            sum[i] = x[i] + added[i];
+        x = sum;
     }
     const float inverse = (float)(1 / sqrt(square_sum(x, size) / (double)size + all->eps));
+#pragma GCC ivdep
     for (size_t i = 0; i < size; i++)
         out[i] = x[i] * inverse * weight[i];
 }

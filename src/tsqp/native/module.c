@@ -285,16 +285,25 @@ static PyObject *keep(PyObject *self, PyObject *arguments)
 
 static PyObject *rms_norm(PyObject *self, PyObject *arguments)
 {
-    address x, added, weight, out;
+    address x, added, sum, weight, out;
     double eps;
-    Py_ssize_t rows, size;
+    Py_ssize_t rows, size, x_row, added_row;
     int isa, threads;
     (void)self;
-    if (!PyArg_ParseTuple(arguments, "KKKdKnnii", &x, &added, &weight, &eps, &out, &rows, &size, &isa, &threads))
+    if (!PyArg_ParseTuple(arguments, "KKKKdK(nn)(nn)ii", &x, &added, &sum, &weight, &eps, &out, &rows, &size, &x_row,
+                          &added_row, &isa, &threads))
         return NULL;
     const struct norms norms = {
-        ADDRESS(float *, x), ADDRESS(const float *, added), ADDRESS(const float *, weight), eps,
-        ADDRESS(float *, out), (size_t)rows, (size_t)size,
+        .x = ADDRESS(const float *, x),
+        .added = ADDRESS(const float *, added),
+        .x_row = (size_t)x_row,
+        .added_row = (size_t)added_row,
+        .sum = ADDRESS(float *, sum),
+        .weight = ADDRESS(const float *, weight),
+        .eps = eps,
+        .out = ADDRESS(float *, out),
+        .rows = (size_t)rows,
+        .size = (size_t)size,
     };
     Py_BEGIN_ALLOW_THREADS
     norm_rows(&norms, possible(isa), threads);

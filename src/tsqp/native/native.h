@@ -130,8 +130,10 @@ void keep_step(const struct step *step, enum isa isa, int threads);
 
 /* Layers between products, row by row (layers.c). norm_rows: x += added, unless NULL; out = x / rms(x) weight. */
 struct norms {
-    float *x;           /* (rows, size) */
-    const float *added; /* (rows, size), or NULL */
+    const float *x;     /* (rows, size), rows so many elements apart */
+    const float *added; /* likewise, or NULL */
+    size_t x_row, added_row;
+    float *sum;          /* (rows, size): where x + added is kept, x itself or apart from all; or NULL */
     const float *weight; /* (size) */
     double eps;
     float *out; /* (rows, size); apart from the others */

@@ -160,6 +160,12 @@ def test_panels_hold_the_weights(outputs: int) -> None:
     assert laid_out.count_nonzero() == 9 * outputs
 
 
+def test_rows_are_taken_out_of_panels() -> None:
+    w_NK = operands(1, 9, 35)[1]
+    index_M = torch.tensor([34, 0, 16, 15, 0])
+    assert torch.equal(panels.rows(panels.lay_out(w_NK), index_M), w_NK[index_M])
+
+
 def test_what_does_not_fit_is_refused(kernels: native.Kernels) -> None:
     x, laid_out, bias, y = torch.zeros(2, 4), torch.zeros(1, 4, 16), torch.zeros(3), torch.zeros(2, 3)
     for wrong in (
