@@ -100,7 +100,7 @@ class Sample(Struct, frozen=True, kw_only=True):
 
 Run = Callable[[Ask, torch.Tensor], Sample]
 
-# A process that fills its pool may be stopped between asking a dealer and the reply, for as long as all the others' turns.
+# A process that fills its pool may be stopped between asking a dealer and the reply, for all the others' turns.
 _REQUEST_TIMEOUT_S = 24 * 3600.0
 
 

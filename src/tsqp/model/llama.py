@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import InputError
-from tsqp.model.architecture import LlamaConfig, norm_before
+from tsqp.model.architecture import LlamaConfig, linear_groups, norm_before
 from tsqp.model.attention import causal_attention, offloaded_attention
 from tsqp.model.kv_cache import KVCache
 from tsqp.model.layers import Angles, RotaryTable, add_rms_norm, rms_norm, rotate_rows, swiglu
@@ -115,7 +115,11 @@ class Llama:
     def __init__(self, config: LlamaConfig, ops: LinearOps, *, offload_attention: bool = False) -> None:
         self.config = config
         self._ops = ops
-        self._norms = ops.state()
+        state = ops.state()
+        groups = [group.name for group in linear_groups(config)]
+        self._norms = {group: state[norm] for group in groups if (norm := norm_before(group))}
+        # The groups of each layer after qkv, and the one that follows them: qkv of the next, or the head.
+        self._layers = [tuple(groups[first : first + 4]) for first in range(1, len(groups), 4)]
         self._rotary = RotaryTable(config)
         self._offload_attention = offload_attention
 
@@ -186,18 +190,17 @@ class Llama:
         config, kept = self.config, rows.kept
         angles = self._rotary.at(rows.positions_M)
         x_MD = yield self._ops.embedding(rows.ids_M)
-        normed = rms_norm(x_MD, self._norm_before("layers.0.qkv"), config.rms_norm_eps)
+        normed = rms_norm(x_MD, self._norms["layers.0.qkv"], config.rms_norm_eps)
         product = yield self._ops.linear("layers.0.qkv", normed)
-        for index in range(config.layers):
+        for index, (o, gate_up, down, following) in enumerate(self._layers):
             last = index == config.layers - 1
             attended = rows.attend(index, product.view(len(x_MD), -1, config.head_size), angles, last=last)
             if last and kept is not None:
                 x_MD = x_MD[kept]
                 if not len(kept):
                     return x_MD.new_empty(0, config.vocab_size)
-            product = yield from self._pair(f"layers.{index}.o", f"layers.{index}.gate_up", attended, x_MD)
-            following = "head" if last else f"layers.{index + 1}.qkv"
-            product = yield from self._pair(f"layers.{index}.down", following, swiglu(product), x_MD)
+            product = yield from self._pair(o, gate_up, attended, x_MD)
+            product = yield from self._pair(down, following, swiglu(product), x_MD)
         return product
 
     def _pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Steps:
@@ -206,7 +209,7 @@ class Llama:
         if pending:
             return (yield pending)
         y_MD = yield self._ops.linear(group, x_MK)
-        normed = add_rms_norm(residual_MD, y_MD, self._norm_before(then), self.config.rms_norm_eps)
+        normed = add_rms_norm(residual_MD, y_MD, self._norms[then], self.config.rms_norm_eps)
         return (yield self._ops.linear(then, normed))
 
     def attention(self, q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:
@@ -214,9 +217,6 @@ class Llama:
         if self._offload_attention:
             return offloaded_attention(q_BTNH, k_BGSH, v_BGSH, wanted, self._ops.matmul)
         return causal_attention(q_BTNH, k_BGSH, v_BGSH, wanted)
-
-    def _norm_before(self, group: str) -> Tensor:
-        return self._norms[norm_before(group) or ""]
 
 
 def check_prompt_length(tokens: int, config: LlamaConfig) -> None:
