@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test check lint bench readme schema clean
+.PHONY: help demo test browser check lint bench readme schema clean
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -23,8 +23,18 @@ demo: $(STAMP)  ## Run the bundled model split, local and monolithic, and compar
 	@echo "To chat in the browser and watch what the worker sees meanwhile: $(BIN)/tsqp demo (or $(BIN)/tsqp demo --level open)"
 
 # Two processes, a file's tests in one of them: most of a test's time is waiting for a process that it started.
-test: $(STAMP)  ## Run all tests.
+test: $(STAMP) browser  ## Run all tests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The page is tested in a real Chromium. Who may install none tests the rest: those tests are skipped, but not in CI.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name > /dev/null && exit; \
+	done; \
+	echo "Installing Chromium, in which the page is tested."; \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
+	echo "It cannot be installed here: tests of the page are skipped (as root: apt-get install chromium)."
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
