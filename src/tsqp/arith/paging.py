@@ -86,7 +86,7 @@ class Segments:
         order = np.argsort(row, kind="stable")
         if (row[order[1:]] < (row + tokens)[order[:-1]]).any():
             raise ExactnessError("two segments of a step share a row.")
-        own_S5, own = torch.tensor(spans_S5, dtype=torch.int32), torch.tensor(tables, dtype=torch.int32)
+        own_S5, own = (torch.from_numpy(np.array(each, dtype=np.int32)) for each in (spans_S5, tables))
         return cls(
             own_S5,
             own,
