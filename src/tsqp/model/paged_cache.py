@@ -116,5 +116,5 @@ def _kept(parts: Sequence[SequencePart], counts: Sequence[int]) -> Tensor | None
 
 
 def _numbers(values: Sequence[int]) -> Tensor:
-    """Return int64: NumPy reads a list in a tenth of PyTorch's time."""
+    """Return int64: NumPy reads a short list in a fifth of PyTorch's time."""
     return torch.from_numpy(np.array(values, dtype=np.int64))

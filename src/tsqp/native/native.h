@@ -128,7 +128,7 @@ struct step {
 };
 void keep_step(const struct step *step, enum isa isa, int threads);
 
-/* Layers between products, row by row (layers.c). norm_rows: x += added, unless NULL; out = x / rms(x) weight. */
+/* Layers between products, row by row (layers.c). norm_rows: out = x / rms(x) weight, of x + added unless that is NULL. */
 struct norms {
     const float *x;     /* (rows, size), rows so many elements apart */
     const float *added; /* likewise, or NULL */

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from tsqp.errors import ProtocolError
 from tsqp.transport.datagrams import MAX_DATAGRAM
 from tsqp.transport.link import PAGE
-from tsqp.transport.spinning import Patience, spin
+from tsqp.transport.spinning import spin
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _GREETING = b"tsqp region 2"
 REFUSAL = b"\xff\xff\xff\xff"
 # How long to wait awake: a product of a few rows takes less. A core that goes to sleep in a virtual machine takes
-# 0.05 ms and more to wake; a longer product would have to wait for the core of its second thread.
+# 0.05 ms and more to wake; a longer product would have to wait for the core of its second thread, so there is none
+# after a wait that was longer.
 _SPIN_S = 0.001
 
 
@@ -35,7 +36,7 @@ class SocketBell:
         connection.setblocking(False)
         self._connection = connection
         self._may_spin = may_spin
-        self._patience = Patience(_SPIN_S)
+        self._waited_s = 0.0
         self._watched = (connection.fileno(),)
         self._received = memoryview(bytearray(MAX_DATAGRAM))
         self._poll = select.poll()
@@ -59,12 +60,10 @@ class SocketBell:
 
     def wait(self, limit_s: float) -> bool:
         """See ``Doorbell.wait``. The end of the connection counts as a datagram, which ``receive`` then raises."""
-        if not self._may_spin():
-            return bool(self._poll.poll(1000 * limit_s))
         started = time.perf_counter()
-        spin_s = min(limit_s, self._patience.spin_s)
+        spin_s = min(limit_s, _SPIN_S) if self._waited_s < _SPIN_S and self._may_spin() else 0.0
         ready = bool(spin_s and spin(self._watched, spin_s)) or bool(self._poll.poll(1000 * (limit_s - spin_s)))
-        self._patience.waited(time.perf_counter() - started)
+        self._waited_s = time.perf_counter() - started
         return ready
 
     def close(self) -> None:

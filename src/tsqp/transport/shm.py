@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+import weakref
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -41,8 +42,8 @@ _LINK_ERRORS = (EOFError, OSError, ProtocolError)
 
 _log = logging.getLogger(__name__)
 
-# The links of this process on which answers are awaited, by identity.
-_awaited: set[int] = set()
+# The links of this process on which answers are awaited.
+_awaited: weakref.WeakSet[ShmClient] = weakref.WeakSet()
 
 
 class ShmClient:
@@ -84,7 +85,8 @@ class ShmClient:
         except _LINK_ERRORS as error:
             raise self._named(error) from error
         self._unanswered += 1
-        _awaited.add(id(self))
+        if self._unanswered == 1:
+            _awaited.add(self)
 
     def receive(self, timeout_s: float) -> Delivery:
         """Wait for one message; see ``ClientTransport.receive``."""
@@ -109,8 +111,8 @@ class ShmClient:
     def _answered(self) -> None:
         """Count an answer: each message that is sent has one."""
         self._unanswered -= 1
-        if self._unanswered <= 0:
-            _awaited.discard(id(self))
+        if not self._unanswered:
+            _awaited.discard(self)
 
     def _named(self, error: Exception) -> TsqpError:
         """Say who broke the link, and how."""
@@ -125,7 +127,7 @@ class ShmClient:
     def close(self) -> None:
         """Close at once. May be called twice."""
         self._link.bell.close()
-        _awaited.discard(id(self))
+        _awaited.discard(self)
 
 
 def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:

@@ -48,29 +48,6 @@ def spin(descriptors: tuple[int, ...], limit_s: float, ahead: Ahead | None = Non
             return ready
 
 
-class Patience:
-    """How long to wait awake: for a limit where the wait before ended within it, else not at all.
-
-    Who waits awake for what takes longer keeps a core from those who could use it.
-
-    Args:
-        limit_s: in seconds.
-    """
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._last_s = 0.0
-
-    @property
-    def spin_s(self) -> float:
-        """How long to spin now, in seconds."""
-        return self._limit_s if self._last_s < self._limit_s else 0.0
-
-    def waited(self, seconds: float) -> None:
-        """Take note of how long a wait took."""
-        self._last_s = seconds
-
-
 def core() -> int:
     """Return which core this thread runs on, counted from 1; 0 if that is not known."""
     return extension.module.core() + 1 if extension.module else 0

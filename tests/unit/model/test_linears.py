@@ -278,7 +278,7 @@ def test_out_of_memory_says_what_to_do(
     monkeypatch.setattr(module, "product", fail)
     monkeypatch.setattr(native.Kernels, "multiply_floats", fail)
     with pytest.raises(DeviceMemoryError, match=r"cpu is out of memory during linear head.*--batch"):
-        linears.linear("head", randn(1, TINY["hidden_size"]))
+        linears.linear("head", randn(1, D))
 
 
 def test_real_allocation_failure(monkeypatch: pytest.MonkeyPatch, linears: Linears) -> None:

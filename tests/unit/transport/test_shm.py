@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -342,6 +343,31 @@ def test_a_client_waits_awake_while_no_other_of_its_process_awaits_an_answer(
     assert shm._may_spin(), "a link that is closed awaits nothing"
     monkeypatch.setattr(shm, "_CORES", 1)
     assert not shm._may_spin()
+
+
+def test_after_a_longer_wait_a_client_sleeps_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the clock decides: a wait is as long as ``spin`` and what follows it are said to have taken."""
+    now, spun = [0.0], []
+
+    def spin(_descriptors: tuple[int, ...], limit_s: float) -> list[int]:
+        spun.append(limit_s)
+        return [1]
+
+    monkeypatch.setattr(region, "spin", spin)
+    monkeypatch.setattr(region, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        bell = region.SocketBell(ours, lambda: True)
+        assert bell.wait(PATIENCE_S)
+        assert spun == [region._SPIN_S]
+        monkeypatch.setattr(bell, "_may_spin", lambda: now.__setitem__(0, now[0] + 1.0) or True)
+        assert bell.wait(PATIENCE_S)  # a second passes
+        monkeypatch.setattr(bell, "_may_spin", lambda: True)
+        theirs.send(b"x")
+        assert bell.wait(PATIENCE_S)
+        assert len(spun) == 2, "the wait before was longer"
+        assert bell.wait(PATIENCE_S)
+        assert len(spun) == 3, "the wait before was short again"
 
 
 def test_where_cores_are_not_known_nobody_leaves(

@@ -106,12 +106,3 @@ def test_who_steps_aside_leaves_its_core_and_may_come_back(monkeypatch: pytest.M
 def test_cores_are_counted_from_one_and_unknown_without_the_extension() -> None:
     cores = {each + 1 for each in os.sched_getaffinity(0)}
     assert spinning.core() in (cores if extension.module else {0})
-
-
-def test_patience_ends_with_a_wait_that_was_longer_and_returns_with_one_that_was_not() -> None:
-    patience = spinning.Patience(0.001)
-    assert patience.spin_s == 0.001
-    patience.waited(0.002)
-    assert patience.spin_s == 0.0
-    patience.waited(0.0005)
-    assert patience.spin_s == 0.001
