@@ -3,9 +3,9 @@
 python benchmarks/worker_throughput.py [--clients 8] [--rounds 7] > benchmarks/results/worker-throughput-DATE.json
 
 One thread generates the load: threads of one interpreter would wait for each other, and processes of their own take
-the worker's cores. Each client is a session that sends the linear requests of one prefill after the other, with fixed
-random activations, each once the reply to the one before is here. Nothing else of an enclave is computed. One client
-and several take turns within each round; medians.
+the worker's cores. Each client is a session that sends the requests of one prefill after the other as an enclave does,
+at `open` the first qkv and a chain for each layer, with fixed random activations, each once the reply to the one before
+is here. Nothing else of an enclave is computed. One client and several take turns within each round; medians.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import datetime as dt
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,11 @@ import msgspec
 import torch
 
 from tsqp.bench import hardware
+from tsqp.bench.floors import product_rows
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.session import Session
 from tsqp.launch import local_worker
-from tsqp.model.architecture import LinearGroup, linear_groups, read_config
+from tsqp.model.architecture import chains, linear_groups, read_config
 from tsqp.model.locate import BUNDLED, locate
 from tsqp.threads import share_cores
 from tsqp.transport.client import open_client
@@ -36,45 +37,46 @@ from tsqp.wire import codec, messages
 
 TOKENS = 16
 LEVELS: dict[str, tuple[str, ...]] = {"open": (), "exact": ("--exact",)}
-Step = tuple[type[messages.Linear | messages.LinearExact], str, messages.TensorSpec, memoryview]
+Header = Callable[[int], messages.AnyRequest]
+Step = tuple[Header, memoryview]
 
 
 def replay(model: str, level: str) -> list[Step]:
-    """Return the linear requests of one prefill, in order; the last layer sees one position after attention."""
+    """Return the requests for products of one prefill, in order; the last layer sees one position after attention."""
     config = read_config(locate(model))
-    last = f"layers.{config.layers - 1}."
+    rows = product_rows(config, 1, TOKENS)
+    groups = {group.name: group for group in linear_groups(config)}
     generator = torch.Generator().manual_seed(0)
-    steps: list[Step] = []
-    for group in linear_groups(config):
-        alone = group.name == "head" or (group.name.startswith(last) and not group.name.endswith("qkv"))
-        x_MK = _activations(level, 1 if alone else TOKENS, group, generator)
-        kind = messages.LinearExact if level == "exact" else messages.Linear
-        steps.append((kind, group.name, codec.spec_of(x_MK), codec.frame_of(x_MK)))
+    if level == "exact":
+        shapes = [(rows[name], group.in_features) for name, group in groups.items()]
+        words = [torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(torch.int32) for shape in shapes]
+        return [
+            _step(partial(messages.LinearExact, group=name), x_MK) for name, x_MK in zip(groups, words, strict=True)
+        ]
+    first = next(iter(groups))
+    x_MK = torch.randn(TOKENS, config.hidden_size, generator=generator)
+    steps = [_step(partial(messages.Linear, group=first), x_MK)]
+    for names in chains(config):
+        columns = groups[names[0]].in_features + config.hidden_size
+        x_MC = torch.randn(rows[names[0]], columns, generator=generator)
+        steps.append(_step(partial(messages.LinearChain, groups=names), x_MC))
     return steps
 
 
-def _activations(level: str, rows: int, group: LinearGroup, generator: torch.Generator) -> torch.Tensor:
-    shape = (rows, group.in_features)
-    if level == "exact":
-        return torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(torch.int32)
-    return torch.randn(shape, generator=generator)
-
-
-def _header(
-    kind: type[messages.Linear | messages.LinearExact], group: str, spec: messages.TensorSpec, request_id: int
-) -> messages.Linear | messages.LinearExact:
-    return kind(id=request_id, group=group, x=spec)
+def _step(make: Callable[..., messages.AnyRequest], x: torch.Tensor) -> Step:
+    spec = codec.spec_of(x)
+    return (lambda request_id: make(id=request_id, x=spec)), codec.frame_of(x)
 
 
 def throughput(sessions: Sequence[Session], steps: Sequence[Step], prefills: int) -> float:
     """Return prefills per second of all sessions at once."""
     waiting: dict[Session, int] = {}
     started = time.perf_counter()
-    for kind, group, spec, frame in [*steps] * prefills:
+    for header, frame in [*steps] * prefills:
         for session in sessions:
             if session in waiting:
                 session.result(waiting[session], messages.Result)
-            waiting[session] = session.submit(partial(_header, kind, group, spec), [frame])
+            waiting[session] = session.submit(header, [frame])
     for session, request_id in waiting.items():
         session.result(request_id, messages.Result)
     return len(sessions) * prefills / (time.perf_counter() - started)

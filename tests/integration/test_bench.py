@@ -86,8 +86,8 @@ def test_overlap_measures_serial_and_undelayed_too(tiny_llama: Path) -> None:
     options = ["--tokens", 16, "--delay", "20", "--micro-batches", "2", "--rounds", 1, "--threads", 1]
     got = measured(OverlapReport, "overlap", "--model", tiny_llama, *options)
     assert [(point.delay_ms, point.micro_batches) for point in got.points] == [(0.0, 1), (0.0, 2), (20.0, 1), (20.0, 2)]
-    # Three layers' eight round trips take 40 ms each at least. Undelayed they take a few milliseconds together.
-    assert all(point.median_s >= 0.04 * 8 for point in got.points if point.delay_ms)
+    # Three layers' five round trips take 40 ms each at least. Undelayed they take a few milliseconds together.
+    assert all(point.median_s >= 0.04 * 5 for point in got.points if point.delay_ms)
 
 
 def test_transports_take_turns(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_prefill_prints_one_object_with_the_promised_fields(
     assert got.enclave_s + got.waited_s in [pytest.approx(each) for each in got.prefill_s_all]
     assert got.wire_s == pytest.approx(max(0.0, got.waited_s - got.worker_s))
     assert got.micro_batches == 1
-    assert got.round_trips == (62 if level == "open" else 0)
+    assert got.round_trips == (32 if level == "open" else 0)
 
 
 @pytest.mark.parametrize("level", ["verified", "masked"])
@@ -137,7 +137,7 @@ def test_human_output_says_where_the_time_went(worker: StartWorker, tiny_llama: 
     code, out, _ = run("prefill", "--model", tiny_llama, "--worker", worker(tiny_llama), "--tokens", 4)
     assert code == 0
     assert "enclave" in out
-    assert "8 round trips" in out
+    assert "5 round trips" in out
 
 
 def test_committed_schema_is_the_one_in_force() -> None:

@@ -53,7 +53,7 @@ def test_it_tells_what_it_sees_and_computes_what_every_worker_does(model: Path, 
     flags = ["--model", str(model), *(["--exact"] if level != "open" else [])]
     config = replace(CONFIG, mask_pool=8 if level == "masked" else None)
     ids_BT = torch.tensor([IDS])
-    products = 6 if level == "open" else 9  # two layers; at `open` an embedding too, and products in pairs
+    products = 4 if level == "open" else 9  # two layers; at `open` an embedding too, and products in chains
     with demo_worker(flags) as worker:
         assert seen(worker.view, level, lambda _event: True)["requests"] == 0
         opened = open_model(str(model), level)
@@ -66,7 +66,7 @@ def test_it_tells_what_it_sees_and_computes_what_every_worker_does(model: Path, 
     assert event["reading"]["by"] == by
     assert (event["reading"]["prompt"] == TEXT) is (level != "masked")
     assert (event["reading"]["sure"] > 0.5) is (level != "masked")
-    assert event["last"][0]["group"] == ("layers.1.down and head" if level == "open" else "head")
+    assert event["last"][0]["group"] == ("layers.1.o to head" if level == "open" else "head")
     if level == "masked":
         assert event["histogram"]["limit"] == 2.0**31
 

@@ -121,17 +121,17 @@ class _KillBefore:
             self._process.send_signal(self._number)
         return self._ops.linear(group, x_MK)
 
-    def linear_pair(self, group: str, then: str, x_MK: torch.Tensor, residual_MD: torch.Tensor) -> Pending | None:
-        if group == self._group:
+    def linear_chain(self, groups: tuple[str, ...], x_MK: torch.Tensor, residual_MD: torch.Tensor) -> Pending | None:
+        if self._group in groups:
             self._process.send_signal(self._number)
-        return self._ops.linear_pair(group, then, x_MK, residual_MD)
+        return self._ops.linear_chain(groups, x_MK, residual_MD)
 
 
 @pytest.mark.parametrize(
     ("number", "error", "message"),
     [
         (signal.SIGKILL, TransportClosedError, "closed the connection or died"),
-        (signal.SIGSTOP, TransportTimeoutError, "linear layers.1.o and layers.1.gate_up: .* did not answer within 2 s"),
+        (signal.SIGSTOP, TransportTimeoutError, "linear layers.1.o to layers.2.qkv: .* did not answer within 2 s"),
     ],
     ids=["killed", "hung"],
 )

@@ -89,7 +89,7 @@ def test_groups_in_flight_together_change_no_token(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_step_is_one_round_trip_for_each_linear_or_pair_whoever_asks(
+def test_a_step_is_one_round_trip_for_each_linear_or_chain_whoever_asks(
     level: str, running: Callable[..., Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[tuple[int, int]] = []
@@ -112,6 +112,6 @@ def test_a_step_is_one_round_trip_for_each_linear_or_pair_whoever_asks(
             assert all(isinstance(answer.end, Finished) for answer in answers)
     assert {1, 16} <= {sequences for sequences, _ in steps}
     architecture = open_model(str(checkpoint), level).architecture
-    # At `open` an embedding, the first qkv, and the others in pairs.
-    every = 2 + 2 * architecture.layers if level == "open" else len(linear_groups(architecture))
+    # At `open` an embedding, the first qkv, and the others in chains.
+    every = 2 + architecture.layers if level == "open" else len(linear_groups(architecture))
     assert {trips for _, trips in steps} == {every}

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tsqp.audit.recorder import Recording, Seen
 from tsqp.model.architecture import EMBEDDING_MODULE, LlamaConfig, read_config
+from tsqp.model.chains import LinearChains
 from tsqp.model.layers import RotaryTable, rms_norm, rotate
 from tsqp.model.linears import Linears
 from tsqp.model.llama import Llama
 from tsqp.model.ops import LocalOps, read_state
 from tsqp.model.overlap import Pending
-from tsqp.model.pairs import LinearPairs
 from tsqp.model.weights import Checkpoint
 
 FIRST_GROUP = "layers.0.qkv"
@@ -151,19 +151,18 @@ class PublicRunner:
         self.config = public.config
 
     def followed(self, recording: Recording) -> Recording:
-        """Return what the worker has seen once it has computed the pairs of groups that it was asked for.
+        """Return what the worker has seen once it has computed the chains of groups that it was asked for.
 
-        Of a pair it receives what the first group reads and the residual stream, and computes what the second reads.
+        Of a chain it receives what the first group reads and the residual stream, and computes what the others read.
         """
-        pairs = LinearPairs(self._linears, self._state)
+        chains = LinearChains(self._linears, self._state)
         seen: list[Seen] = []
         for each in recording.seen:
-            pair = pairs.by_name.get(each.group)
-            if pair is None:
+            if each.group not in chains.by_name:
                 seen.append(each)
                 continue
-            x_MK, normed_MD = pairs.inputs(pair.name, each.tensor)
-            seen += [Seen(each.operation, pair.first.name, x_MK), Seen(each.operation, pair.second.name, normed_MD)]
+            read = chains.inputs(each.group, each.tensor)
+            seen += [Seen(each.operation, group, x_MK) for group, x_MK in read.items()]
         return replace(recording, seen=tuple(seen))
 
     def inputs(self, ids_BT: Tensor, groups: frozenset[str]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tsqp.errors import InputError
-from tsqp.model.architecture import pair_name
+from tsqp.model.architecture import chain_name
 from tsqp.transport.base import Buffer, ClientTransport, Delivery
 from tsqp.wire import codec, messages
 
@@ -22,7 +22,7 @@ class Seen:
 
     Attributes:
         operation: the request's name on the wire.
-        group: the linear group it names, or the pair; empty where a request names none.
+        group: the linear group it names, or the chain; empty where a request names none.
         tensor: a copy of what was sent.
     """
 
@@ -110,8 +110,8 @@ class RecordingTransport:
         header = request.header
         operation, group = str(header.__struct_config__.tag), str(getattr(header, "group", ""))
         named = {group} - {""}
-        if isinstance(header, messages.LinearPair):
-            named, group = {group, header.then}, pair_name(group, header.then)
+        if isinstance(header, messages.LinearChain):
+            named, group = set(header.groups), chain_name(header.groups)
         if operation in _WITHHELD or (self._groups is not None and named and not named & self._groups):
             return
         self._seen += [Seen(operation, group, tensor) for tensor in request.tensors]

@@ -54,12 +54,12 @@ class TimedOps:
         self.products_ns += time.perf_counter_ns() - started
         return partial(self._collect_last if group == HEAD else self._collect, pending)
 
-    def linear_pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Pending | None:
-        """See ``LinearOps.linear_pair``."""
+    def linear_chain(self, groups: tuple[str, ...], x_MK: Tensor, residual_MD: Tensor) -> Pending | None:
+        """See ``LinearOps.linear_chain``."""
         started = time.perf_counter_ns()
-        pending = self._ops.linear_pair(group, then, x_MK, residual_MD)
+        pending = self._ops.linear_chain(groups, x_MK, residual_MD)
         self.products_ns += time.perf_counter_ns() - started
-        return pending and partial(self._collect_last if then == HEAD else self._collect, pending)
+        return pending and partial(self._collect_last if groups[-1] == HEAD else self._collect, pending)
 
     def _collect(self, pending: Pending) -> Tensor:
         started = time.perf_counter_ns()

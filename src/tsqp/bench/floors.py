@@ -59,7 +59,7 @@ class Floors:
         self._config = config
         self._service = service
         self._protected = protected
-        self._ready = ReadyOps(config, state, pairs=service.serves == "open")
+        self._ready = ReadyOps(config, state, chains=service.serves == "open")
         self._llama = Llama(config, self._ready)
         self._inputs: list[tuple[str, Tensor]] = []
 
@@ -160,13 +160,13 @@ class ReadyOps:
     Args:
         config: the model's architecture.
         state: its non-linear parameters.
-        pairs: whether products come in pairs.
+        chains: whether what stands between two layers' attention comes as one.
     """
 
-    def __init__(self, config: LlamaConfig, state: dict[str, Tensor], *, pairs: bool) -> None:
+    def __init__(self, config: LlamaConfig, state: dict[str, Tensor], *, chains: bool) -> None:
         self._config = config
         self._state = state
-        self._pairs = pairs
+        self._chains = chains
         self._left: deque[Tensor] = deque()
         self._random = torch.randn(_LARGEST, generator=torch.Generator().manual_seed(0))
 
@@ -189,13 +189,14 @@ class ReadyOps:
         """See ``LinearOps.linear``."""
         return self._left.popleft
 
-    def linear_pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Pending | None:  # noqa: ARG002
-        """See ``LinearOps.linear_pair``."""
-        return partial(self._both, residual_MD) if self._pairs else None
+    def linear_chain(self, groups: tuple[str, ...], x_MK: Tensor, residual_MD: Tensor) -> Pending | None:  # noqa: ARG002
+        """See ``LinearOps.linear_chain``."""
+        return partial(self._last_of_chain, residual_MD) if self._chains else None
 
-    def _both(self, residual_MD: Tensor) -> Tensor:
-        residual_MD.add_(self._left.popleft())
-        return self._left.popleft()
+    def _last_of_chain(self, residual_MD: Tensor) -> Tensor:
+        o_MD, _, down_MD, last_MN = (self._left.popleft() for _ in range(4))
+        residual_MD.add_(o_MD).add_(down_MD)
+        return last_MN
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """See ``LinearOps.matmul``; not used here."""

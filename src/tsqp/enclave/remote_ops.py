@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsqp.enclave.session import Session
 from tsqp.errors import InputError, ProtocolError
-from tsqp.model.architecture import LlamaConfig, linear_groups, norm_shapes, pair_name
+from tsqp.model.architecture import LlamaConfig, chain_name, linear_groups, norm_shapes
 from tsqp.model.overlap import Pending
 from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyRequest, TensorSpec
@@ -47,32 +47,33 @@ class OpenOps:
         x = int8_rows.encode(x_MK) if self._extra else x_MK
         return self._product(lambda i: messages.Linear(id=i, group=group, x=spec), (x,), expect, f"linear {group}")
 
-    def linear_pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Pending | None:
-        """See ``LinearOps.linear_pair``. The worker could add up the residual stream from the products it computes.
-
-        None as int8: with one scale per token the few large values of a residual stream leave nothing of the others.
-        """
-        if self._extra:
-            return None
+    def linear_chain(self, groups: tuple[str, ...], x_MK: Tensor, residual_MD: Tensor) -> Pending:
+        """See ``LinearOps.linear_chain``. The worker could add up the residual stream from the products it computes."""
         (rows, inputs), hidden = x_MK.shape, residual_MD.shape[1]
-        spec = TensorSpec(self._wire, (rows, inputs + hidden))
-        expect = TensorSpec(self._wire, (rows, hidden + self._rows[then]))
+        stream = hidden * int8_rows.STREAM_BYTES if self._extra else hidden
+        widths = [size + self._extra for size in (hidden, hidden, self._rows[groups[-1]])]
+        spec = TensorSpec(self._wire, (rows, inputs + self._extra + stream))
+        expect = TensorSpec(self._wire, (rows, sum(widths)))
         wide, frame = self._session.room(spec)
         try:
-            wide[:, :inputs] = x_MK
-            wide[:, inputs:] = residual_MD
+            if self._extra:
+                wide.copy_(int8_rows.encode_beside(x_MK, residual_MD))
+            else:
+                wide[:, :inputs] = x_MK
+                wide[:, inputs:] = residual_MD
         except BaseException:
             self._session.discard(frame)
             raise
-        operation = f"linear {pair_name(group, then)}"
-        header = partial(messages.LinearPair, group=group, then=then, x=spec)
+        operation = f"linear {chain_name(groups)}"
+        header = partial(messages.LinearChain, groups=groups, x=spec)
         request_id = self._session.submit(lambda i: header(id=i), [frame], operation)
 
         def split(y: Tensor, *, own: bool) -> Tensor:
-            residual_MD.add_(y[:, :hidden])
-            second = y[:, hidden:]
-            kept = own and second.dtype == torch.float32 and second.is_contiguous()
-            return second if kept else second.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            parts = y.split(widths, dim=1)
+            first, second, last = [int8_rows.decode(part) for part in parts] if self._extra else parts
+            residual_MD.add_(first).add_(second)
+            kept = own and last.dtype == torch.float32 and last.is_contiguous()
+            return last if kept else last.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
         return partial(self._collect, request_id, expect, operation, split)
 

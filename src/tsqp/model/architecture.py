@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -102,9 +102,15 @@ def norm_before(group: str) -> str | None:
     return f"model.{layer}.{norm}.weight" if norm else None
 
 
-def pair_name(group: str, then: str) -> str:
-    """Return what two groups that are computed for one request are called (``model/pairs.py``)."""
-    return f"{group} and {then}"
+def chains(config: LlamaConfig) -> list[tuple[str, ...]]:
+    """Name the groups between two layers' attention: o, gate_up, down, and the next qkv or the head; by layer."""
+    names = [group.name for group in linear_groups(config)]
+    return [tuple(names[first : first + 4]) for first in range(1, len(names), 4)]
+
+
+def chain_name(groups: Sequence[str]) -> str:
+    """Return what groups that are computed for one request are called (``model/chains.py``)."""
+    return f"{groups[0]} to {groups[-1]}"
 
 
 def module_count(groups: Iterable[LinearGroup]) -> int:

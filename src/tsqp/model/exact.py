@@ -105,8 +105,8 @@ class ExactOps:
         scaling = Scaling(scale_M1, self._packed.scales[group], self._packed.biases.get(group))
         return self._products.start(group, xq_MK, scaling)
 
-    def linear_pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> None:
-        """See ``LinearOps.linear_pair``: a product must be checked before anything is made of it."""
+    def linear_chain(self, groups: tuple[str, ...], x_MK: Tensor, residual_MD: Tensor) -> None:
+        """See ``LinearOps.linear_chain``: a product must be checked before anything is made of it."""
 
     def abandon(self) -> None:
         """See ``LinearOps.abandon``."""

@@ -1,4 +1,4 @@
-"""The non-linear parts: RMSNorm, rotary embedding, SwiGLU. They stay in the enclave, but for norms within ``pairs``.
+"""The non-linear parts: RMSNorm, rotary embedding, SwiGLU. They stay in the enclave, but at `open`: ``chains``.
 
 Native kernels compute them where they are built, PyTorch's operators elsewhere; the two round differently. Either way a
 token's bits depend on that token only. For the operators this relies on one thread, since threads cut rows anywhere
@@ -53,23 +53,6 @@ def add_rms_norm(x_MD: Tensor, added_MD: Tensor, weight_D: Tensor, eps: float) -
         return rms_norm(x_MD.add_(added_MD), weight_D, eps)
     out_MD = torch.empty_like(x_MD)
     kernels.rms_norm(x_MD, weight_D, eps, out_MD, extension.readable_rows(added_MD), x_MD)
-    return out_MD
-
-
-def rms_norm_of_sum(x_MD: Tensor, added_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Return the ``rms_norm`` of a sum that is not kept: the bits of ``add_rms_norm``.
-
-    Args:
-        x_MD: float32; rows may be of wider ones, and another process may change it meanwhile.
-        added_MD: likewise.
-        weight_D: float32.
-        eps: added to the mean of the squares.
-    """
-    kernels = native.kernels()
-    if not kernels:
-        return rms_norm(x_MD + added_MD, weight_D, eps)
-    out_MD = torch.empty(x_MD.shape)
-    kernels.rms_norm(extension.readable_rows(x_MD), weight_D, eps, out_MD, extension.readable_rows(added_MD))
     return out_MD
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tsqp.arith import panels
-from tsqp.arith.pair_kernel import PairKernel, Weights
+from tsqp.arith.chain_kernel import ChainKernel, ChainWeights, Weights
 from tsqp.errors import DeviceMemoryError, InputError
 from tsqp.model.architecture import EMBEDDING_MODULE, LinearGroup, LlamaConfig, linear_groups, weight_shapes
 from tsqp.model.weights import Checkpoint
@@ -242,14 +242,15 @@ class Linears:
         bound_result((shape[0], group.rows))
         return group
 
-    def pair_kernel(self, first: LinearGroup, norm_D: Tensor, second: LinearGroup) -> PairKernel | None:
-        """Return what computes two groups' products and the norm between them natively; None if PyTorch does."""
+    def chain_kernel(self, names: Sequence[str], norm_D: Tensor, next_norm_D: Tensor) -> ChainKernel | None:
+        """Return what computes a chain of groups natively, with the norms within; None if PyTorch does."""
         if not self._kernels:
             return None
-        one, two = (
-            Weights(self._panels[each.name], self._biases.get(each.name), each.rows) for each in (first, second)
+        o, gate_up, down, following = (
+            Weights(self._panels[name], self._biases.get(name), self.groups[name].rows) for name in names
         )
-        return PairKernel(self._kernels, one, norm_D, self.config.rms_norm_eps, two)
+        weights = ChainWeights(o, norm_D, gate_up, down, next_norm_D, following)
+        return ChainKernel(self._kernels, weights, self.config.rms_norm_eps)
 
     def laid_out(self, name: str) -> Tensor | None:
         """Return a group's weights as they are multiplied, to read ahead; None where only oneDNN knows how they lie."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tsqp.errors import InputError
-from tsqp.model.architecture import LlamaConfig, linear_groups, norm_before
+from tsqp.model.architecture import LlamaConfig, chains, linear_groups, norm_before
 from tsqp.model.attention import causal_attention, offloaded_attention
 from tsqp.model.kv_cache import KVCache
 from tsqp.model.layers import Angles, RotaryTable, add_rms_norm, rms_norm, rotate_rows, swiglu
@@ -104,7 +104,7 @@ class _Chunk:
 
 
 class Llama:
-    """A LLaMA: ``ops`` compute linear layers, and may compute norms between two; all else is done here, in float32.
+    """A LLaMA: ``ops`` compute linear layers, and may compute what stands between; all else is done here, in float32.
 
     Args:
         config: the model's architecture.
@@ -118,8 +118,7 @@ class Llama:
         state = ops.state()
         groups = [group.name for group in linear_groups(config)]
         self._norms = {group: state[norm] for group in groups if (norm := norm_before(group))}
-        # The groups of each layer after qkv, and the one that follows them: qkv of the next, or the head.
-        self._layers = [tuple(groups[first : first + 4]) for first in range(1, len(groups), 4)]
+        self._chains = chains(config)
         self._rotary = RotaryTable(config)
         self._offload_attention = offload_attention
 
@@ -192,25 +191,30 @@ class Llama:
         x_MD = yield self._ops.embedding(rows.ids_M)
         normed = rms_norm(x_MD, self._norms["layers.0.qkv"], config.rms_norm_eps)
         product = yield self._ops.linear("layers.0.qkv", normed)
-        for index, (o, gate_up, down, following) in enumerate(self._layers):
+        for index, chain in enumerate(self._chains):
             last = index == config.layers - 1
             attended = rows.attend(index, product.view(len(x_MD), -1, config.head_size), angles, last=last)
             if last and kept is not None:
                 x_MD = x_MD[kept]
                 if not len(kept):
                     return x_MD.new_empty(0, config.vocab_size)
-            product = yield from self._pair(o, gate_up, attended, x_MD)
-            product = yield from self._pair(down, following, swiglu(product), x_MD)
+            product = yield from self._chain(chain, attended, x_MD)
         return product
 
-    def _pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Steps:
-        """End a block and begin the next; see ``LinearOps.linear_pair``."""
-        pending = self._ops.linear_pair(group, then, x_MK, residual_MD)
+    def _chain(self, groups: tuple[str, ...], attended_MK: Tensor, residual_MD: Tensor) -> Steps:
+        """End a layer and begin the next; see ``LinearOps.linear_chain``."""
+        pending = self._ops.linear_chain(groups, attended_MK, residual_MD)
         if pending:
             return (yield pending)
-        y_MD = yield self._ops.linear(group, x_MK)
-        normed = add_rms_norm(residual_MD, y_MD, self._norms[then], self.config.rms_norm_eps)
-        return (yield self._ops.linear(then, normed))
+        o, gate_up, down, following = groups
+        y_MD = yield self._ops.linear(o, attended_MK)
+        product = yield self._ops.linear(gate_up, self._normed_sum(residual_MD, y_MD, gate_up))
+        y_MD = yield self._ops.linear(down, swiglu(product))
+        return (yield self._ops.linear(following, self._normed_sum(residual_MD, y_MD, following)))
+
+    def _normed_sum(self, residual_MD: Tensor, added_MD: Tensor, group: str) -> Tensor:
+        """Add to the residual stream, and return what a group reads of it."""
+        return add_rms_norm(residual_MD, added_MD, self._norms[group], self.config.rms_norm_eps)
 
     def attention(self, q_BTNH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, wanted: int) -> Tensor:
         """Compute attention here, or send its products away; see ``causal_attention``."""

@@ -26,18 +26,17 @@ class LinearOps(Protocol):
     def linear(self, group: str, x_MK: Tensor) -> Pending:
         """Multiply (M, K) by the stacked weights of a group (``architecture.linear_groups``); gives a fresh (M, N)."""
 
-    def linear_pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> Pending | None:
-        """Multiply (M, K) by one group's weights, and the norm of its sum with the residual stream by the next one's.
+    def linear_chain(self, groups: tuple[str, ...], x_MK: Tensor, residual_MD: Tensor) -> Pending | None:
+        """Compute all that stands between two layers' attention: four products, two norms and SwiGLU.
 
         Args:
-            group: ends an attention or feed-forward block.
-            then: begins the one after; ``architecture.norm_before`` names the norm.
-            x_MK: what the first reads.
-            residual_MD: contiguous; left alone by the caller until the result is collected, which adds the first
-                product to it in place.
+            groups: of ``architecture.chains``.
+            x_MK: what attention makes; the first group reads it.
+            residual_MD: contiguous; left alone by the caller until the result is collected, which adds the products
+                of o and down to it in place.
 
         Returns:
-            For the second product, a fresh (M, N); None where the two must be asked for one by one.
+            For the last product, a fresh (M, N); None where the groups must be asked for one by one.
         """
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
@@ -76,8 +75,8 @@ class LocalOps:
     def _linear(self, group: str, x_MK: Tensor) -> Tensor:
         return self._linears.linear(group, x_MK).float()
 
-    def linear_pair(self, group: str, then: str, x_MK: Tensor, residual_MD: Tensor) -> None:
-        """See ``LinearOps.linear_pair``: nothing is saved by it here."""
+    def linear_chain(self, groups: tuple[str, ...], x_MK: Tensor, residual_MD: Tensor) -> None:
+        """See ``LinearOps.linear_chain``: nothing is saved by it here."""
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """See ``LinearOps.matmul``."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tsqp.audit.attacks.nearest import nearest_tokens
 from tsqp.audit.public import FIRST_GROUP, TokenTable
-from tsqp.model.architecture import pair_name
+from tsqp.model.architecture import chain_name
 from tsqp.model.tokenizer import Tokenizer
 from tsqp.serve.view import BINS, MAX_REQUESTS_SHOWN, MAX_TEXT, MAX_WORDS, Histogram, Reading, SeenRequest, Snapshot
 from tsqp.transport.base import Incoming
@@ -125,8 +125,8 @@ class Observer:
             return
         x = tensors[0]
         group = getattr(header, "group", "")
-        if isinstance(header, messages.LinearPair):
-            group = pair_name(group, header.then)
+        if isinstance(header, messages.LinearChain):
+            group = chain_name(header.groups)
         ids = tuple(x.tolist()) if isinstance(header, messages.Embedding) else ()
         sample = None
         if group != FIRST_GROUP and not ids and self._sampled < MAX_REQUESTS_SHOWN:

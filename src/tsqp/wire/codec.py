@@ -254,7 +254,7 @@ def state_tensors(reply: messages.StateResult, frames: Sequence[Buffer], source:
 
 def _specs_in_request(header: AnyRequest) -> tuple[TensorSpec, ...]:
     match header:
-        case messages.Linear(x=x) | messages.LinearPair(x=x) | messages.LinearExact(x=x):
+        case messages.Linear(x=x) | messages.LinearChain(x=x) | messages.LinearExact(x=x):
             return (x,)
         case messages.Embedding(ids=ids):
             return (ids,)

@@ -1,12 +1,15 @@
 """Activations in eight bits and one scale per token, for links of the level `open` that are slow.
 
 A row of K numbers travels as K + 4 bytes: int8 codes, then the scale as float32, little-endian. It loses more than the
-float dtypes do (docs/tuning.md has the errors, docs/protocol.md the format).
+float dtypes do (docs/tuning.md has the errors, docs/protocol.md the format). Beside it may lie a row of the residual
+stream in bfloat16: with one scale per token the few large values of that stream would leave nothing of the others.
 
-Shapes: M rows, K columns, P = K + 4 bytes of a row.
+Shapes: M rows, K columns, P = K + 4 bytes of a row, D columns of the residual stream.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch import Tensor
 from tsqp.errors import ProtocolError
 
 SCALE_BYTES = 4
+STREAM_BYTES = 2
 _MAX_CODE = 127
 
 
@@ -31,6 +35,37 @@ def encode(x_MK: Tensor) -> Tensor:
     divisor_M1 = torch.where(scale_M1 > 0, scale_M1, torch.ones_like(scale_M1))
     codes_MK = (x_MK / divisor_M1).nan_to_num_(0.0).round_().clamp_(-_MAX_CODE, _MAX_CODE).to(torch.int8)
     return torch.cat((codes_MK, torch.where(scale_M1.isfinite(), scale_M1, torch.nan).view(torch.int8)), dim=1)
+
+
+def encode_parts(y_MN: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Encode parts of rows, each with scales of its own, side by side.
+
+    Args:
+        y_MN: floats.
+        sizes: columns of each part, N together.
+
+    Returns:
+        int8, shape (M, N + 4 for each part).
+    """
+    return torch.cat([encode(part) for part in y_MN.split(list(sizes), dim=1)], dim=1)
+
+
+def encode_beside(x_MK: Tensor, residual_MD: Tensor) -> Tensor:
+    """Encode rows, and beside each its row of the residual stream: int8, shape (M, P + 2D)."""
+    stream_MD = residual_MD.to(torch.bfloat16).contiguous()
+    return torch.cat((encode(x_MK), stream_MD.view(torch.int8)), dim=1)
+
+
+def decode_beside(rows: Tensor, columns: int) -> Tensor:
+    """Return the float32 numbers that ``encode_beside`` encoded, shape (M, K + D).
+
+    Args:
+        rows: int8, shape (M, P + 2D); at any address.
+        columns: K.
+    """
+    coded_MP, stream = rows[:, : columns + SCALE_BYTES], rows[:, columns + SCALE_BYTES :]
+    stream_MD = stream.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+    return torch.cat((decode(coded_MP), stream_MD.float()), dim=1)
 
 
 def decode(rows_MP: Tensor) -> Tensor:

@@ -64,15 +64,15 @@ class Linear(Request, frozen=True, tag="linear"):
     x: TensorSpec
 
 
-class LinearPair(Request, frozen=True, tag="linear_pair"):
-    """Multiply by one group's weights, and the norm of the sum with the residual stream by the next group's.
+class LinearChain(Request, frozen=True, tag="linear_chain"):
+    """Compute what stands between two layers' attention: o, gate_up, down and what follows, and norms and SwiGLU.
 
-    The frame ``x`` of shape (M, K + D) has what the group reads and the residual stream beside it. Answered with shape
-    (M, D + N): the product with ``group``, and beside it the product with ``then``. Served at ``open`` only.
+    The frame ``x`` of shape (M, K + D) has what the first group reads and the residual stream beside it. Answered with
+    shape (M, 2D + N): the products of o and down, which are added to the stream, and beside them the last group's.
+    Served at ``open`` only.
     """
 
-    group: Name
-    then: Name
+    groups: Annotated[tuple[Name, ...], Meta(min_length=4, max_length=4)]
     x: TensorSpec
 
 
@@ -134,7 +134,7 @@ class Stats(Request, frozen=True, tag="stats"):
     """Ask for the worker's counters."""
 
 
-AnyRequest = Hello | Linear | LinearPair | LinearExact | Codes | MaskProduct | Embedding | MatMul | State | Stats
+AnyRequest = Hello | Linear | LinearChain | LinearExact | Codes | MaskProduct | Embedding | MatMul | State | Stats
 
 
 class Reply(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):

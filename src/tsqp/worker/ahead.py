@@ -23,13 +23,13 @@ class WeightsAhead:
     def __init__(self, service: WorkerService) -> None:
         names = list(service.groups)
         self._next = dict(zip(names, [*names[1:], names[0]], strict=True))
-        self._next |= {name: self._next[second] for name, second in service.pairs.items()}
+        self._next |= {name: self._next[last] for name, last in service.chains.items()}
         self._service = service
         self._group = ""
         self._at = self._left = self._budget = 0
 
     def after(self, name: str) -> None:
-        """Guess from the last product, with a group's weights or a pair's."""
+        """Guess from the last product, with a group's weights or a chain's."""
         self._budget = _LIMIT_BYTES
         self._begin(self._next[name])
 

@@ -24,7 +24,7 @@ MAX_WAITING_BYTES = 256 << 20
 
 
 class Rows(Struct, frozen=True):
-    """What a request is multiplied by, a group's name or a pair's, and how many rows it brings."""
+    """What a request is multiplied by, a group's name or a chain's, and how many rows it brings."""
 
     name: str
     count: int

@@ -22,7 +22,7 @@ _MAX_SHAPES = 4096
 
 _log = logging.getLogger(__name__)
 
-# A group's name or a pair's, and a number of rows.
+# A group's name or a chain's, and a number of rows.
 Shape = tuple[str, int]
 
 

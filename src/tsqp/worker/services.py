@@ -16,15 +16,15 @@ from tsqp.arith.keystream import MAX_ROWS, keystream_rows
 from tsqp.arith.ring import Codes, multiply
 from tsqp.errors import InputError
 from tsqp.model.architecture import LinearGroup
+from tsqp.model.chains import LinearChains
 from tsqp.model.linears import Linears, bound_result, memory_errors
-from tsqp.model.pairs import LinearPairs
 from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyRequest, Service
 from tsqp.worker.batching import Rows
 
 # In which activations may travel at the level open.
 WIRE_DTYPES: tuple[messages.DtypeName, ...] = ("float32", "float16", "bfloat16", "int8")
-_FLOAT_ROWS = (messages.Linear, messages.LinearPair)
+_FLOAT_ROWS = (messages.Linear, messages.LinearChain)
 _WHAT = {
     "open": "float products, for the level open",
     "exact": "int8 codes, for the levels verified and masked",
@@ -37,8 +37,8 @@ class WorkerService(Protocol):
 
     serves: Service
     groups: dict[str, LinearGroup]
-    # Names of pairs, and of the group that each ends with; none but at `open`.
-    pairs: dict[str, str]
+    # Names of chains, and of the group that each ends with; none but at `open`.
+    chains: dict[str, str]
     device: torch.device
     wire_dtypes: tuple[messages.DtypeName, ...]
 
@@ -62,7 +62,7 @@ class WorkerService(Protocol):
             DeviceMemoryError: no room.
         """
 
-    # What ``product`` does, in parts, for requests that are multiplied together. ``name`` is a group's, or a pair's.
+    # What ``product`` does, in parts, for requests that are multiplied together. ``name`` is a group's, or a chain's.
 
     def rows(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Rows | None:
         """Check a request for rows times a group's weights; None if it is of another kind, which ``product`` checks.
@@ -115,13 +115,14 @@ class OpenService:
         self.groups, self.device = linears.groups, linears.device
         self.dtype = self.rows_dtype = linears.dtype
         self.state = state
-        self._pairs = LinearPairs(linears, state)
-        self.pairs = {name: pair.second.name for name, pair in self._pairs.by_name.items()}
+        self._chains = LinearChains(linears, state)
+        self._stream_bytes = linears.config.hidden_size * int8_rows.STREAM_BYTES
+        self.chains = {name: chain.groups[-1].name for name, chain in self._chains.by_name.items()}
 
     def product(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """See ``WorkerService.product``. The result has the dtype that the request's tensor had."""
         match header:
-            case messages.Linear() | messages.LinearPair():
+            case messages.Linear() | messages.LinearChain():
                 rows = self.rows(header, tensors)
                 return self.result(header, self.multiply(rows.name if rows else "", self.operand(header, tensors)))
             case messages.Embedding(dtype=name):
@@ -137,8 +138,11 @@ class OpenService:
             return None
         # What the header says of the tensor has been found true.
         shape, dtype = header.x.shape, codec.TORCH_DTYPES[header.x.dtype]
-        if isinstance(header, messages.LinearPair):
-            return Rows(self._pairs.check((header.group, header.then), dtype, shape).name, shape[0])
+        if isinstance(header, messages.LinearChain):
+            if dtype == torch.int8 and len(shape) == 2:  # noqa: PLR2004
+                columns = shape[1] - int8_rows.SCALE_BYTES - self._stream_bytes
+                dtype, shape = self.dtype, (shape[0], columns + self.linears.config.hidden_size)
+            return Rows(self._chains.check(header.groups, dtype, shape).name, shape[0])
         if dtype == torch.int8 and shape:
             row = int8_rows.decode(tensors[0][:1])
             group = self.linears.check(header.group, row.dtype, tuple(row.shape))
@@ -147,21 +151,24 @@ class OpenService:
             self.linears.check(header.group, dtype, shape)
         return Rows(header.group, shape[0])
 
-    def operand(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:  # noqa: ARG002  of every service
+    def operand(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
         """See ``WorkerService.operand``."""
         x = tensors[0]
         if x.dtype == self.dtype:
             return x
+        if x.dtype == torch.int8 and isinstance(header, messages.LinearChain):
+            inputs = x.shape[1] - int8_rows.SCALE_BYTES - self._stream_bytes
+            return int8_rows.decode_beside(x, inputs).to(self.dtype)
         return (int8_rows.decode(x) if x.dtype == torch.int8 else x).to(self.dtype)
 
     def widths(self, name: str) -> tuple[int, int]:
         """See ``WorkerService.widths``."""
         group = self.groups.get(name)
-        return (group.in_features, group.rows) if group else self._pairs.by_name[name].widths
+        return (group.in_features, group.rows) if group else self._chains.by_name[name].widths
 
     def multiply(self, name: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
         """See ``WorkerService.multiply``."""
-        return (self.linears if name in self.groups else self._pairs).multiply(name, x_MK, out_MN)
+        return (self.linears if name in self.groups else self._chains).multiply(name, x_MK, out_MN)
 
     def weights(self, group: str) -> Tensor | None:
         """See ``WorkerService.weights``."""
@@ -173,6 +180,9 @@ class OpenService:
 
     def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:
         """See ``WorkerService.result``."""
+        if isinstance(header, messages.LinearChain) and header.x.dtype == "int8":
+            hidden = self.linears.config.hidden_size
+            return int8_rows.encode_parts(y_MN.cpu(), (hidden, hidden, y_MN.shape[1] - 2 * hidden))
         return _on_the_wire(y_MN, header.x.dtype) if isinstance(header, _FLOAT_ROWS) else y_MN
 
 
@@ -200,7 +210,7 @@ class _CodesService:
 
     def __init__(self, groups: Sequence[LinearGroup], codes: dict[str, Codes], device: torch.device) -> None:
         self.groups = {group.name: group for group in groups}
-        self.pairs: dict[str, str] = {}
+        self.chains: dict[str, str] = {}
         self.device = device
         self.state: dict[str, Tensor] = {}
         self._codes = codes

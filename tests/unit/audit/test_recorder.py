@@ -15,6 +15,7 @@ from tsqp.wire import codec, messages
 from tsqp.wire.messages import AnyRequest
 
 SEED = bytes(range(32))
+CHAIN = ("layers.0.o", "layers.0.gate_up", "layers.0.down", "layers.1.qkv")
 
 
 class Link:
@@ -103,14 +104,15 @@ def test_it_keeps_copies_in_order() -> None:
         recording.first("head")
 
 
-def test_of_a_pair_both_names_are_kept_and_either_is_enough() -> None:
-    recorder = Recorder(frozenset({"layers.1.qkv"}))
+@pytest.mark.parametrize("wanted", CHAIN)
+def test_of_a_chain_any_group_is_enough(wanted: str) -> None:
+    recorder = Recorder(frozenset({wanted}))
     link = recorder.wrap("worker")(Link())
     x_MC = torch.randn(2, 7)
-    for group, then in (("layers.0.down", "layers.1.qkv"), ("layers.1.down", "layers.2.qkv")):
-        link.send(packed(messages.LinearPair(id=1, group=group, then=then, x=codec.spec_of(x_MC)), x_MC))
+    for groups in (CHAIN, ("layers.1.o", "layers.1.gate_up", "layers.1.down", "head")):
+        link.send(packed(messages.LinearChain(id=1, groups=groups, x=codec.spec_of(x_MC)), x_MC))
     (seen,) = recorder.recording("worker").seen
-    assert (seen.operation, seen.group) == ("linear_pair", "layers.0.down and layers.1.qkv")
+    assert (seen.operation, seen.group) == ("linear_chain", "layers.0.o to layers.1.qkv")
     assert torch.equal(seen.tensor, x_MC)
 
 

@@ -19,7 +19,7 @@ from tsqp.audit.recorder import Recording, Seen
 from tsqp.audit.scheme_checks import SCHEMES
 from tsqp.audit.suite import Audit
 from tsqp.errors import AuditError, InputError
-from tsqp.model.architecture import read_config
+from tsqp.model.architecture import chain_name, chains, read_config
 from tsqp.model.tokenizer import Tokenizer, find_tokenizer
 from tsqp.reports import AuditReport
 
@@ -146,17 +146,18 @@ def test_headline_results_on_the_bundled_model(bundled_directory: Path) -> None:
     assert found["masked", "regression from layers.1.qkv"] < 0.1
 
 
-def test_a_worker_knows_what_both_groups_of_a_pair_read(tiny: Case) -> None:
-    """Of a pair it is sent what the first reads and the residual stream; the rest follows from the model."""
+def test_a_worker_knows_what_every_group_of_a_chain_reads(tiny: Case) -> None:
+    """Of a chain it is sent what the first reads and the residual stream; the rest follows from the model."""
     runner = tiny.public.runner()
-    inputs = runner.inputs(tiny.ids_T[None], frozenset({"layers.0.o", "layers.0.gate_up"}))
+    groups = chains(runner.config)[0]
+    inputs = runner.inputs(tiny.ids_T[None], frozenset(groups))
     embedded_TD = tiny.public.checkpoint.read("model.embed_tokens.weight")[tiny.ids_T]
     x_TC = torch.cat((inputs["layers.0.o"], embedded_TD), dim=1)
     other = Seen("linear", FIRST_GROUP, torch.zeros(1))
-    recording = Recording("worker", (Seen("linear_pair", "layers.0.o and layers.0.gate_up", x_TC), other))
+    recording = Recording("worker", (Seen("linear_chain", chain_name(groups), x_TC), other))
     followed = runner.followed(recording)
-    assert [seen.group for seen in followed.seen] == ["layers.0.o", "layers.0.gate_up", FIRST_GROUP]
-    assert followed.seen[2] is other
+    assert [seen.group for seen in followed.seen] == [*groups, FIRST_GROUP]
+    assert followed.seen[4] is other
     for group, x_TK in inputs.items():
         assert torch.equal(followed.first(group), x_TK)
 

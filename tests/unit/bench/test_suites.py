@@ -145,10 +145,10 @@ def test_transports_are_compared_with_tcp() -> None:
     assert [size_text(size) for size in SIZES] == ["4 KB", "1.5 MB", "8 MB"]
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_ready_made_products_have_the_shapes_of_a_prefill(tiny_llama: Path, *, pairs: bool) -> None:
+@pytest.mark.parametrize("chains", [False, True])
+def test_ready_made_products_have_the_shapes_of_a_prefill(tiny_llama: Path, *, chains: bool) -> None:
     config = read_config(tiny_llama)
-    ops = ReadyOps(config, {name: torch.ones(shape) for name, shape in norm_shapes(config).items()}, pairs=pairs)
+    ops = ReadyOps(config, {name: torch.ones(shape) for name, shape in norm_shapes(config).items()}, chains=chains)
     ops.refill(2, 5)
     logits_BV = Llama(config, ops).prefill(torch.zeros(2, 5, dtype=torch.int64))
     assert logits_BV.shape == (2, config.vocab_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tsqp.enclave.remote_ops import OpenOps
 from tsqp.enclave.session import Session
 from tsqp.errors import ProtocolError
-from tsqp.model.architecture import norm_shapes, parse_config
+from tsqp.model.architecture import chains, norm_shapes, parse_config
 from tsqp.transport.base import Buffer, Delivery
 from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.codec import RequestFrames
@@ -24,12 +24,13 @@ CONFIG = parse_config(
         "model_type": "llama",
         "hidden_size": 8,
         "intermediate_size": 12,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "vocab_size": 32,
     },
     "test",
 )
+CHAIN, LAST_CHAIN = chains(CONFIG)
 Answer = Callable[[RequestFrames], list[bytes]]
 
 
@@ -88,28 +89,37 @@ def test_linear_sends_the_group_and_activations_in_the_wire_dtype(dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_pair_sends_the_residual_stream_beside_the_activations(dtype: torch.dtype, rows: int) -> None:
-    y = torch.arange(float(rows * 40)).view(rows, 40).to(dtype)
+def test_a_chain_sends_the_residual_stream_beside_the_activations(dtype: torch.dtype, rows: int) -> None:
+    y = torch.arange(float(rows * 48)).view(rows, 48).to(dtype)
     ops, worker = ops_with(answering(y), dtype)
-    x_MK, residual_MD = torch.arange(rows * 12.0).view(12, rows).T, torch.arange(rows * 8.0).view(rows, 8)
+    x_MK, residual_MD = torch.arange(rows * 8.0).view(8, rows).T, torch.arange(rows * 8.0).view(rows, 8)
     sent = residual_MD.clone()
-    pending = ops.linear_pair("layers.0.down", "head", x_MK, residual_MD)
-    assert pending is not None
-    assert torch.equal(residual_MD, sent), "the first product comes later"
-    second = pending()
-    assert (second.dtype, second.is_contiguous()) == (torch.float32, True)
-    assert torch.equal(second, y[:, 8:].float())
-    assert torch.equal(residual_MD, sent + y[:, :8].float())
+    pending = ops.linear_chain(LAST_CHAIN, x_MK, residual_MD)
+    assert torch.equal(residual_MD, sent), "the products come later"
+    last = pending()
+    assert (last.dtype, last.is_contiguous()) == (torch.float32, True)
+    assert torch.equal(last, y[:, 16:].float())
+    assert torch.equal(residual_MD, sent + y[:, :8].float() + y[:, 8:16].float())
     (asked,) = worker.asked
-    spec = TensorSpec(codec.dtype_name(dtype), (rows, 20))
-    assert asked.header == messages.LinearPair(id=1, group="layers.0.down", then="head", x=spec)
+    spec = TensorSpec(codec.dtype_name(dtype), (rows, 16))
+    assert asked.header == messages.LinearChain(id=1, groups=LAST_CHAIN, x=spec)
     assert torch.equal(asked.tensors[0], torch.cat((x_MK, sent), dim=1).to(dtype))
 
 
-def test_as_int8_there_are_no_pairs() -> None:
-    ops, worker = ops_with(answering(torch.zeros(1, 32)), torch.int8)
-    assert ops.linear_pair("layers.0.down", "head", torch.zeros(1, 12), torch.zeros(1, 8)) is None
-    assert not worker.asked
+def test_as_int8_the_residual_stream_goes_out_as_bfloat16_and_each_part_has_scales_of_its_own() -> None:
+    """A stream of a few large values among small ones, in int8 under one scale, would come out as zeros."""
+    y = torch.cat((torch.full((3, 8), 1e-3), torch.full((3, 8), 1e3), torch.ones(3, 32)), dim=1)
+    ops, worker = ops_with(answering(int8_rows.encode_parts(y, (8, 8, 32))), torch.int8)
+    x_MK, residual_MD = torch.arange(24.0).view(3, 8), torch.tensor([1e4, 0.01] * 12).view(3, 8)
+    sent = residual_MD.clone()
+    last = ops.linear_chain(LAST_CHAIN, x_MK, residual_MD)()
+    assert last.dtype == torch.float32
+    torch.testing.assert_close(last, y[:, 16:])
+    torch.testing.assert_close(residual_MD, sent + y[:, :8] + y[:, 8:16])
+    (asked,) = worker.asked
+    assert asked.header == messages.LinearChain(id=1, groups=LAST_CHAIN, x=TensorSpec("int8", (3, 8 + 4 + 2 * 8)))
+    expected = torch.cat((int8_rows.decode(int8_rows.encode(x_MK)), sent.bfloat16().float()), dim=1)
+    assert torch.equal(int8_rows.decode_beside(asked.tensors[0], 8), expected)
 
 
 def test_embedding_sends_ids_and_asks_for_the_wire_dtype() -> None:
@@ -133,7 +143,7 @@ def test_matmul_sends_both_operands_in_row_order() -> None:
     assert torch.equal(asked.tensors[1], b)
 
 
-OPERATIONS = ("linear", "linear_pair", "embedding", "matmul", "state")
+OPERATIONS = ("linear", "linear_chain", "embedding", "matmul", "state")
 
 
 class SharedTransport(AnsweringTransport):
@@ -155,26 +165,30 @@ class SharedTransport(AnsweringTransport):
     ("operation", "dtype"),
     [
         *product(OPERATIONS, (torch.float32, torch.bfloat16, torch.float16)),
-        *product(("linear", "embedding", "state"), (torch.int8,)),  # which carries no pairs and no attention products
+        *product(("linear", "linear_chain", "embedding", "state"), (torch.int8,)),  # attention's products are no rows
     ],
 )
 def test_results_are_copied_out_of_memory_that_the_worker_can_change(operation: str, dtype: torch.dtype) -> None:
     x_MK, ids_M = torch.arange(16.0).view(2, 8), torch.tensor([1, 2])
-    columns = {"linear": 24, "linear_pair": 32, "embedding": 8, "matmul": 3, "state": 0}[operation]
+    columns = {"linear": 24, "linear_chain": 40, "embedding": 8, "matmul": 3, "state": 0}[operation]
     y_MN = torch.arange(2.0 * columns).view(2, columns)
     state = {name: torch.rand(shape) for name, shape in norm_shapes(CONFIG).items()}
-    sent = int8_rows.encode(y_MN) if dtype == torch.int8 and columns else y_MN.to(dtype)
+    sizes = (8, 8, 24) if operation == "linear_chain" else (columns,)
+    sent = int8_rows.encode_parts(y_MN, sizes) if dtype == torch.int8 and columns else y_MN.to(dtype)
     worker = SharedTransport(state_answer(state) if operation == "state" else answering(sent))
     ops = OpenOps(Session(worker, 30.0), CONFIG, dtype)
-    expected = int8_rows.decode(sent) if dtype == torch.int8 and columns else sent.float()
+    expected = sent.float()
+    if dtype == torch.int8 and columns:
+        parts = sent.split([size + 4 for size in sizes], dim=1)
+        expected = torch.cat([int8_rows.decode(part) for part in parts], dim=1)
     match operation:
         case "linear":
             assert torch.equal(ops.linear("layers.0.qkv", x_MK)(), expected)
-        case "linear_pair":
+        case "linear_chain":
             residual_MD = torch.zeros(2, 8)
-            pending = ops.linear_pair("layers.0.o", "layers.0.gate_up", x_MK, residual_MD)
-            assert pending is not None
-            assert torch.equal(torch.cat((pending(), residual_MD), dim=1), expected.roll(-8, dims=1))
+            pending = ops.linear_chain(CHAIN, x_MK, residual_MD)
+            assert torch.equal(pending(), expected[:, 16:])
+            assert torch.equal(residual_MD, expected[:, :8] + expected[:, 8:16])
         case "embedding":
             assert torch.equal(ops.embedding(ids_M)(), expected)
         case "matmul":
@@ -213,24 +227,23 @@ def test_a_hostile_product_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_pair_is_refused_and_the_residual_stream_left_alone(name: str) -> None:
+def test_a_hostile_chain_is_refused_and_the_residual_stream_left_alone(name: str) -> None:
     ops, worker = ops_with(HOSTILE[name])
     residual_MD = torch.ones(2, 8)
-    pending = ops.linear_pair("layers.0.o", "layers.0.gate_up", torch.zeros(2, 8), residual_MD)
-    assert pending is not None
-    with pytest.raises(ProtocolError, match=r"linear layers\.0\.o and layers\.0\.gate_up (from|at) gpu\.example:50051"):
+    pending = ops.linear_chain(CHAIN, torch.zeros(2, 8), residual_MD)
+    with pytest.raises(ProtocolError, match=r"linear layers\.0\.o to layers\.1\.qkv (from|at) gpu\.example:50051"):
         pending()
     assert worker.released
     assert torch.equal(residual_MD, torch.ones(2, 8))
 
 
-def test_a_pair_that_cannot_be_sent_gives_back_its_room() -> None:
-    ops, worker = ops_with(answering(torch.ones(2, 32)))
+def test_a_chain_that_cannot_be_sent_gives_back_its_room() -> None:
+    ops, worker = ops_with(answering(torch.ones(2, 40)))
     given, discarded = memoryview(bytearray(4 * 2 * 16)), list[memoryview]()
     worker.allocate = lambda _size, *, kept=False: given  # type: ignore[method-assign, assignment]  # noqa: ARG005
     worker.discard = discarded.append  # type: ignore[method-assign, assignment]
     with pytest.raises(NotImplementedError):
-        ops.linear_pair("layers.0.o", "layers.0.gate_up", torch.ones(2, 8), torch.ones(2, 8, device="meta"))
+        ops.linear_chain(CHAIN, torch.ones(2, 8), torch.ones(2, 8, device="meta"))
     assert [id(slot) for slot in discarded] == [id(given)]
     assert not worker.asked
 

@@ -18,7 +18,6 @@ from tsqp.model.layers import (
     RotaryTable,
     add_rms_norm,
     rms_norm,
-    rms_norm_of_sum,
     rope_frequencies,
     rotate,
     rotate_rows,
@@ -203,22 +202,6 @@ def test_residuals_are_added_before_the_norm() -> None:
     total = x_MD + added_MD
     assert torch.equal(add_rms_norm(x_MD, added_MD, weight_D, 1e-5), rms_norm(total, weight_D, 1e-5))
     assert torch.equal(x_MD, total)
-
-
-def test_a_sum_that_is_not_kept_is_normed_where_its_parts_lie() -> None:
-    wide_MC, weight_D = randn(5, 100), randn(37, seed=2)
-    x_MD, added_MD = wide_MC[:, 3:40], wide_MC[:, 41:78]
-    kept = wide_MC.clone()
-    assert torch.equal(
-        rms_norm_of_sum(x_MD, added_MD, weight_D, 1e-5), add_rms_norm(x_MD.clone(), added_MD, weight_D, 1e-5)
-    )
-    assert torch.equal(wide_MC, kept)
-    shifted = torch.frombuffer(bytearray(b"\0" + x_MD.contiguous().numpy().tobytes()), dtype=torch.float32, offset=1)
-    assert shifted.data_ptr() % 4
-    assert torch.equal(
-        rms_norm_of_sum(shifted.view(5, 37), added_MD, weight_D, 1e-5),
-        rms_norm_of_sum(x_MD, added_MD, weight_D, 1e-5),
-    )
 
 
 def test_rotate_rows_is_rotate_in_place() -> None:

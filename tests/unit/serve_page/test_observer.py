@@ -75,12 +75,13 @@ def test_ids_that_are_sent_are_read(tokenizer: Tokenizer) -> None:
     assert (reading.by, reading.prompt, reading.answer, reading.sure) == ("ids", "w17 w3 w999 w3", "w5 w6", 1.0)
 
 
-def test_both_groups_of_a_pair_are_named(tokenizer: Tokenizer) -> None:
+def test_a_chain_is_named(tokenizer: Tokenizer) -> None:
     observer, x_MC = Observer("open", tokenizer, None), torch.randn(2, 2 * INPUTS)
-    header = messages.LinearPair(id=1, group="layers.0.o", then="layers.0.gate_up", x=codec.spec_of(x_MC))
+    groups = ("layers.0.o", "layers.0.gate_up", "layers.0.down", "layers.1.qkv")
+    header = messages.LinearChain(id=1, groups=groups, x=codec.spec_of(x_MC))
     observer.note(header, (x_MC,))
     (shown,) = observer.snapshot().last
-    assert (shown.group, shown.rows) == ("layers.0.o and layers.0.gate_up", 2)
+    assert (shown.group, shown.rows) == ("layers.0.o to layers.1.qkv", 2)
 
 
 def test_integers_in_clear_are_read(tokenizer: Tokenizer, table: TokenTable) -> None:

@@ -150,7 +150,7 @@ def test_requests_survive_the_wire(shape: tuple[int, ...], group: str, data: st.
         messages.MatMul(id=4, a=spec, b=spec): (x, x),
         messages.State(id=5): (),
         messages.Stats(id=6): (),
-        messages.LinearPair(id=7, group=group, then=group, x=spec): (x,),
+        messages.LinearChain(id=7, groups=(group,) * 4, x=spec): (x,),
     }
     for header, tensors in sent.items():
         came = codec.decode_request([messages.encode(header), *map(codec.frame_of, tensors)])

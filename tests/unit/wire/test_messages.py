@@ -28,7 +28,7 @@ groups = st.builds(
 requests = st.one_of(
     st.builds(messages.Hello, id=ids, software=names),
     st.builds(messages.Linear, id=ids, group=names, x=specs),
-    st.builds(messages.LinearPair, id=ids, group=names, then=names, x=specs),
+    st.builds(messages.LinearChain, id=ids, groups=st.tuples(names, names, names, names), x=specs),
     st.builds(messages.LinearExact, id=ids, group=names, x=specs),
     st.builds(messages.Codes, id=ids, group=names, first=dimensions, rows=dimensions),
     st.builds(

@@ -18,13 +18,13 @@ from workers import packed_tiny
 
 from tsqp.arith.ring import Codes, lay_out
 from tsqp.errors import DeviceMemoryError
-from tsqp.model.architecture import LinearGroup
+from tsqp.model.architecture import LinearGroup, chain_name
 from tsqp.model.ops import read_state
 from tsqp.model.packed import open_codes
 from tsqp.model.weights import Checkpoint
 from tsqp.transport.base import Buffer, Incoming
 from tsqp.transport.spinning import Ahead
-from tsqp.wire import codec, messages
+from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyReply, AnyRequest, TensorSpec
 from tsqp.worker import batching
 from tsqp.worker.batching import Queue, Rows, Waiting
@@ -35,7 +35,7 @@ from tsqp.worker.services import DealerService, ExactService, OpenService, Worke
 
 CPU = torch.device("cpu")
 QKV, DOWN = "layers.1.qkv", "layers.1.down"
-AFTER_DOWN = "layers.2.qkv"
+CHAIN = ("layers.1.o", "layers.1.gate_up", DOWN, "layers.2.qkv")
 INPUTS = {QKV: 48, DOWN: 80}
 
 
@@ -130,8 +130,8 @@ def floats(tiny_llama: Path) -> OpenService:
     return OpenService(linears, read_state(linears, Checkpoint(tiny_llama)))
 
 
-def pair(request_id: int, x_MC: Tensor) -> list[Buffer]:
-    header = messages.LinearPair(id=request_id, group=DOWN, then=AFTER_DOWN, x=codec.spec_of(x_MC))
+def chain(request_id: int, x_MC: Tensor) -> list[Buffer]:
+    header = messages.LinearChain(id=request_id, groups=CHAIN, x=codec.spec_of(x_MC))
     return [messages.encode(header), codec.frame_of(x_MC)]
 
 
@@ -220,20 +220,39 @@ def test_float_results_agree_whatever_dtypes_wait_together(floats: OpenService) 
 
 
 @pytest.mark.parametrize("has_slots", [False, True])
-def test_pairs_that_wait_together_are_one_product(floats: OpenService, has_slots: bool) -> None:  # noqa: FBT001
+def test_chains_that_wait_together_are_one_product(floats: OpenService, has_slots: bool) -> None:  # noqa: FBT001
     """And those for the first group alone are another."""
     generator = torch.Generator().manual_seed(3)
-    xs = [torch.randn(rows, 80 + 48, generator=generator) for rows in (1, 5, 16)]
+    xs = [torch.randn(rows, 48 + 48, generator=generator) for rows in (1, 5, 16)]
     client = Client(has_slots=has_slots)
-    sent = [*(pair(i, x) for i, x in enumerate(xs)), linear(9, DOWN, xs[0][:, :80].contiguous())]
+    sent = [*(chain(i, x) for i, x in enumerate(xs)), linear(9, CHAIN[0], xs[0][:, :48].contiguous())]
     dispatcher = serve(floats, [client.message(frames) for frames in sent])
     assert (dispatcher.products, dispatcher.product_requests) == (2, 4)
     for i, x in enumerate(xs):
         alone = Client(has_slots=has_slots)
-        serve(floats, [alone.message(pair(i, x))])
+        serve(floats, [alone.message(chain(i, x))])
         torch.testing.assert_close(client.tensor(i), alone.tensor(i))
-        torch.testing.assert_close(client.tensor(i), floats.multiply(f"{DOWN} and {AFTER_DOWN}", x))
+        torch.testing.assert_close(client.tensor(i), floats.multiply(chain_name(CHAIN), x))
         assert alone.replies[i][1][0] in alone.slots if has_slots else not alone.slots
+
+
+def test_chains_in_int8_and_in_floats_wait_together(floats: OpenService) -> None:
+    x_MK, residual_MD = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(4))
+    coded = int8_rows.encode_beside(x_MK, residual_MD)
+    plain = int8_rows.decode_beside(coded, 48)
+    client = Client()
+    dispatcher = serve(floats, [client.message(chain(1, coded)), client.message(chain(2, plain))])
+    assert (dispatcher.products, dispatcher.product_requests) == (1, 2)
+    assert torch.equal(client.tensor(1), int8_rows.encode_parts(client.tensor(2), (48, 48, 80)))
+
+
+def test_a_chain_in_int8_of_another_width_is_refused(floats: OpenService) -> None:
+    client = Client()
+    serve(floats, [client.message(chain(1, torch.zeros(2, 147, dtype=torch.int8)))])
+    failure = client.replies[1][0]
+    assert isinstance(failure, messages.Failure)
+    assert failure.code == "input"
+    assert "linear layers.1.o to layers.2.qkv expects" in failure.message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

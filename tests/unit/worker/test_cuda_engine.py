@@ -13,6 +13,7 @@ from tiny_models import load_linears
 from torch import Tensor
 
 from tsqp.errors import DeviceError, DeviceMemoryError
+from tsqp.model.architecture import chain_name
 from tsqp.model.ops import read_state
 from tsqp.model.weights import Checkpoint
 from tsqp.transport.base import Buffer, Incoming
@@ -112,12 +113,12 @@ class Desk:
         self.dispatcher = Dispatcher(service, "tiny", "digest")
         self.replies: dict[int, tuple[messages.AnyReply, Sequence[Buffer]]] = {}
 
-    def start(self, *asked: tuple[int, Tensor], pair: tuple[str, str] | None = None) -> None:
+    def start(self, *asked: tuple[int, Tensor], chain: tuple[str, ...] | None = None) -> None:
         batch: list[Waiting] = []
         for request_id, x_MK in asked:
             header: messages.AnyRequest = messages.Linear(id=request_id, group=QKV, x=codec.spec_of(x_MK))
-            if pair:
-                header = messages.LinearPair(id=request_id, group=pair[0], then=pair[1], x=codec.spec_of(x_MK))
+            if chain:
+                header = messages.LinearChain(id=request_id, groups=chain, x=codec.spec_of(x_MK))
             frames = (messages.encode(header), codec.frame_of(x_MK))
             request = self.dispatcher.admit(Incoming(frames, legacy=False, reply=self._reply))
             assert request is not None
@@ -203,14 +204,14 @@ def test_replies_are_sent_when_the_results_are_here_and_not_before(desk: Desk) -
     assert (reply.compute_ns, reply.copy_ns) == (3_000_000, 2_000_000)  # a millisecond in, one for the product, one out
 
 
-def test_pairs_are_products_too_and_captured(desk: Desk) -> None:
-    names = ("layers.0.o", "layers.0.gate_up")
+def test_chains_are_products_too_and_captured(desk: Desk) -> None:
+    names = ("layers.0.o", "layers.0.gate_up", "layers.0.down", "layers.1.qkv")
     x = [torch.randn(2, 96, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
     for request_id, x_MC in enumerate(x):
-        desk.start((request_id, x_MC), pair=names)
+        desk.start((request_id, x_MC), chain=names)
         desk.lanes[1].land()
         assert desk.finish() == [request_id]
-        torch.testing.assert_close(desk.tensor(request_id), desk.service.multiply(" and ".join(names), x_MC))
+        torch.testing.assert_close(desk.tensor(request_id), desk.service.multiply(chain_name(names), x_MC))
     assert (desk.engine.captured, desk.lanes[1].replayed) == (1, 3)
 
 

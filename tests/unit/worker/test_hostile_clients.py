@@ -19,11 +19,13 @@ from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.legacy import LegacyDispatcher
 from tsqp.worker.services import OpenService
 
-STATE: dict[str, Tensor] = {"model.norm.weight": torch.ones(48)}
+LAST = "model.layers.2.post_attention_layernorm.weight"
+STATE: dict[str, Tensor] = {"model.norm.weight": torch.ones(48), LAST: torch.ones(48)}
+CHAIN = ("layers.2.o", "layers.2.gate_up", "layers.2.down", "head")
 MODULES = ["lm_head", "model.embed_tokens", "model.layers.0.self_attn.k_proj", "no.such"]
 unhurried = settings(deadline=None)
 dtypes = st.sampled_from(list(codec.TORCH_DTYPES))
-shapes = st.lists(st.sampled_from([0, 1, 2, 3, 48]), max_size=3).map(tuple)
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 48, 96]), max_size=3).map(tuple)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,8 @@ def test_any_product_gives_a_result_or_a_failure(
     left, right = messages.TensorSpec(dtype, a), messages.TensorSpec(dtype, b)
     for header, frames in [
         (messages.Linear(id=1, group=group, x=left), [zeros(dtype, a)]),
-        (messages.LinearPair(id=1, group="layers.0.o", then="layers.0.gate_up", x=left), [zeros(dtype, a)]),
-        (messages.LinearPair(id=1, group=group, then="head", x=left), [zeros(dtype, a)]),
+        (messages.LinearChain(id=1, groups=CHAIN, x=left), [zeros(dtype, a)]),
+        (messages.LinearChain(id=1, groups=(*CHAIN[:3], group), x=left), [zeros(dtype, a)]),
         (messages.Embedding(id=1, ids=left, dtype=as_dtype), [zeros(dtype, a)]),
         (messages.MatMul(id=1, a=left, b=right), [zeros(dtype, a), zeros(dtype, b)]),
     ]:

@@ -28,6 +28,7 @@ from tsqp.worker.services import DealerService, ExactService, OpenService, Worke
 CPU = torch.device("cpu")
 SEED = bytes(range(32))
 GROUP = "layers.1.o"
+CHAIN = (GROUP, "layers.1.gate_up", "layers.1.down", "layers.2.qkv")
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,9 @@ def services(tiny_llama: Path, codes: dict[str, Tensor], groups: Any) -> dict[st
 
 REQUESTS: dict[str, tuple[str, messages.AnyRequest, tuple[Tensor, ...]]] = {
     "linear": ("open", messages.Linear(id=1, group=GROUP, x=TensorSpec("float32", (2, 48))), (torch.zeros(2, 48),)),
-    "linear_pair": (
+    "linear_chain": (
         "open",
-        messages.LinearPair(id=1, group=GROUP, then="layers.1.gate_up", x=TensorSpec("float32", (2, 96))),
+        messages.LinearChain(id=1, groups=CHAIN, x=TensorSpec("float32", (2, 96))),
         (torch.zeros(2, 96),),
     ),
     "linear_exact": (
