@@ -48,6 +48,14 @@ def test_rows_made_together_and_alone_are_the_same(first: int, count: int, input
         assert torch.equal(together[index], keystream_rows(NIST_KEY, 7, first + index, 1, inputs)[0])
 
 
+def test_rows_longer_than_what_is_encrypted_at_a_time_go_on() -> None:
+    inputs = 100_000
+    rows = keystream_rows(NIST_KEY, 3, 5, 7, inputs)
+    start = (3 << 96) | 5 * inputs // 4
+    encryptor = Cipher(algorithms.AES(NIST_KEY), modes.CTR(start.to_bytes(16, "big"))).encryptor()
+    assert as_bytes(rows) == encryptor.update(bytes(4 * 7 * inputs))
+
+
 def test_no_block_is_shared() -> None:
     """Over groups and rows, with rows that do not fill their last block."""
     blocks: Counter[bytes] = Counter()
