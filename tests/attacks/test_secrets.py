@@ -129,7 +129,8 @@ def test_no_error_shows_a_secret(material: Material, setup: str, by: str, caplog
 
 def objects_of(rig: Rig) -> Iterable[object]:
     """List the objects that hold secrets, and those that hold these."""
-    yield from (rig.exact, rig.exact.session, rig.products, rig.checks.checkers, rig.meter)
+    yield from (rig.exact, rig.exact.session, rig.products, rig.checks.checkers)
+    yield rig.meter.since(rig.meter)  # nanoseconds, as many as it has, are a secret's number by chance now and then
     for checker in rig.checks.checkers.values():
         yield from (checker, checker._s, checker._c)
     yield Claim(rig.inputs[0][1], "worker")
