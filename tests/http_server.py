@@ -14,6 +14,7 @@ from fake_engine import FakeEngine, tiny_served
 from tsqp.config import DEFAULT_TOKENS, ServeConfig
 from tsqp.engine.api import Engine
 from tsqp.serve.app import View, create_app
+from tsqp.serve.attestation import Identity
 from tsqp.serve.served_model import ServedModel
 from tsqp.serve.server import Server, bind, url_of
 
@@ -42,19 +43,22 @@ def http_server(
     model: ServedModel | None = None,
     view: View | None = None,
     default_tokens: int = DEFAULT_TOKENS,
+    identity: Identity | None = None,
     **settings: object,
 ) -> Iterator[Running]:
     """Serve for the time of a ``with`` block; ``settings`` are ``ServeConfig``'s."""
     config = ServeConfig(**{"port": 0, "drain_s": 30.0, **settings})  # type: ignore[arg-type]  # names are the test's
-    app = create_app(engine, model or tiny_served(level), config, default_tokens=default_tokens, view=view)
+    app = create_app(
+        engine, model or tiny_served(level), config, default_tokens=default_tokens, view=view, identity=identity
+    )
     listening = bind(config)
     started = threading.Event()
-    server = Server(app, engine, config, on_ready=started.set)
+    server = Server(app, engine, config, on_ready=started.set, context=identity.context() if identity else None)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         assert started.wait(_START_S), "the server did not start"
-        yield Running(url_of(listening, config), server, thread)
+        yield Running(url_of(listening, config, own_key=identity is not None), server, thread)
     finally:
         if isinstance(engine, FakeEngine):
             engine.release()

@@ -32,6 +32,8 @@ LEVELS = ("open", "local", "verified", "masked", "monolithic")
 EXACT_LEVELS = ("verified", "masked")
 WORKER_LEVELS = ("open", *EXACT_LEVELS)
 SERVICES = ("auto", "open", "exact", "masks")
+# How a server proves what it is: by the TEE it is in, not at all, for development, or by a TEE of this kind.
+ATTESTATIONS = ("auto", "off", "none", "gramine", "tdx")
 DEFAULT_PORT = 50051
 DEALER_PORT = 50052
 DEFAULT_TOKENS = 1024
@@ -150,7 +152,8 @@ class ServeConfig:
 
     ``served_model`` is the model's name in the API; None means the model's own. ``api_keys`` names the file of hashed
     API keys; None means that no key is asked for, which is allowed on loopback only. ``tls_cert`` and ``tls_key`` are
-    PEM files; None means HTTP in clear. ``padding``: whether answers are padded to few sizes; None means at `masked`.
+    PEM files; None means HTTP in clear. ``attestation``: what proves to clients which code runs here; with one the
+    server makes its own TLS key. ``padding``: whether answers are padded to few sizes; None means at `masked`.
     ``max_requests``: generations by HTTP at once, above which clients are told to come back. ``max_choices``: prompts
     times ``n`` in one request. ``drain_s``: how long running requests may go on once the server is told to stop.
     """
@@ -163,6 +166,7 @@ class ServeConfig:
     api_keys: str | None = _setting(None, "TSQP_API_KEYS")
     tls_cert: str | None = _setting(None, "TSQP_TLS_CERT")
     tls_key: str | None = _setting(None, "TSQP_TLS_KEY")
+    attestation: str = _setting("auto", "TSQP_ATTESTATION", choices=ATTESTATIONS)
     padding: str | None = _setting(None, "TSQP_PADDING", choices=("on", "off"))
     max_body_bytes: int = _setting(4 << 20, "TSQP_MAX_BODY_BYTES", limits=(1024, 1 << 32))
     max_requests: int = _setting(64, "TSQP_MAX_REQUESTS", limits=(1, 1 << 16))

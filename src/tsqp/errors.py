@@ -91,6 +91,46 @@ class IntegrityError(HostileError):
     """A peer's result is wrong: it cheats or is broken. Nothing that depends on the result was used."""
 
 
+class AttestationError(HostileError):
+    """A server does not prove that it is what a policy asks for. Nothing of a prompt was sent to it."""
+
+
+class NoTeeError(AttestationError):
+    """It runs in no trusted execution environment, or in one of another kind."""
+
+
+class EvidenceError(AttestationError):
+    """What it sent is no evidence."""
+
+
+class QuoteError(AttestationError):
+    """Its quote is malformed, or not signed by a genuine, unrevoked processor."""
+
+
+class TcbStatusError(AttestationError):
+    """Its processor's firmware has a status that the policy does not allow."""
+
+
+class DebugEnclaveError(AttestationError):
+    """Its memory can be read by a debugger."""
+
+
+class MeasurementError(AttestationError):
+    """Other code runs there."""
+
+
+class ReportDataError(AttestationError):
+    """The quote is not of this connection's key, not fresh, or of other claims."""
+
+
+class ClaimsError(AttestationError):
+    """It runs the right code with settings that the policy does not accept."""
+
+
+class CollateralError(SetupError):
+    """What a quote is verified with is missing, malformed or expired."""
+
+
 class InternalError(TsqpError):
     """A bug of ours."""
 

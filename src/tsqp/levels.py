@@ -213,6 +213,15 @@ def _local(model: Model, config: EnclaveConfig, on_step: OnStep) -> Runnable:
     return Runnable(llama.prefill, meter, partial(llama.prefill, all_logits=True), stepper=stepper)
 
 
+def digest_of(model: Model, on_step: OnStep = lambda _name, _done: None) -> str:
+    """Return what names a model: of a packed one its manifest's digest, else that of its weights, which are read.
+
+    Raises:
+        WeightsError: a weight is missing.
+    """
+    return model.packed.manifest.digest if model.packed is not None else _digest(model, on_step)
+
+
 def _digest(model: Model, on_step: OnStep) -> str:
     checkpoint = Checkpoint(model.directory)
     checkpoint.require(weight_shapes(model.architecture))

@@ -50,6 +50,21 @@ class KeysReport(Struct, frozen=True, kw_only=True):
     secret_file: str | None
 
 
+class VerifyReport(Struct, frozen=True, kw_only=True):
+    """``tsqp verify``: what a server has proved. It is printed only if that is what the policy asks for.
+
+    ``measurements`` are hexadecimal, and of SGX also the product's number and security version. ``claims`` are those of
+    docs/attestation.md; ``advisories`` are Intel's that apply to the platform.
+    """
+
+    url: str
+    tee: Literal["sgx", "tdx"]
+    measurements: dict[str, str]
+    tcb_status: str
+    advisories: list[str]
+    claims: dict[str, str | list[str]]
+
+
 class PrefillReport(Struct, frozen=True, kw_only=True):
     """``tsqp prefill``. Times in seconds, sizes in bytes; the three parts and the counts are the median run's.
 
@@ -182,6 +197,7 @@ class ErrorReport(Struct, frozen=True, kw_only=True):
 REPORTS = (
     WorkerReady,
     KeysReport,
+    VerifyReport,
     PrefillReport,
     PackReport,
     DoctorReport,

@@ -19,6 +19,8 @@ from openai import DefaultHttpxClient, OpenAI
 from real_serving import MODEL, speaking_checkpoint
 from serving import core_limits
 
+from tsqp.errors import NoTeeError, SetupError
+
 PATIENCE_S = 120
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 
@@ -34,9 +36,17 @@ class Serving:
 
 @contextmanager
 def serving(directory: Path) -> Iterator[Serving]:
-    """Run the command over a tiny model, and end it as people do."""
+    """Run the command over a tiny model, with a certificate of ours."""
     cert, key = own_certificate(directory)
-    words = f"serve --level local --port 0 --served-model {MODEL} --tls-cert {cert} --tls-key {key}".split()
+    with running(directory, f"--tls-cert {cert} --tls-key {key}") as (pid, host, _):
+        yield Serving(pid, host, ssl.create_default_context(cafile=str(cert)))
+
+
+@contextmanager
+def running(directory: Path, options: str) -> Iterator[tuple[int, str, list[str]]]:
+    """Run it, and end it as people do; yield its number, host and port, and in the end what it noted."""
+    words = f"serve --level local --port 0 --served-model {MODEL} {options}".split()
+    noted: list[str] = []
     with subprocess.Popen(
         [sys.executable, "-m", "tsqp", *words, "--model", str(speaking_checkpoint(directory / "tiny"))],
         stdout=subprocess.PIPE,
@@ -48,9 +58,10 @@ def serving(directory: Path) -> Iterator[Serving]:
             line = process.stdout.readline()
             assert "listening on https://" in line, process.communicate()
             host = line.split("https://")[1].split(";")[0]
-            yield Serving(process.pid, host, ssl.create_default_context(cafile=str(cert)))
+            yield process.pid, host, noted
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=PATIENCE_S)
+            noted.append(errors)
             assert process.returncode == 0, errors
         finally:
             process.kill()
@@ -84,3 +95,35 @@ def test_it_never_offers_what_a_worker_sees(server: Serving, path: str) -> None:
     with closing(http.client.HTTPSConnection(server.host, context=server.trust, timeout=PATIENCE_S)) as connection:
         connection.request("GET", path)
         assert connection.getresponse().status == 404
+
+
+def test_a_server_for_development_says_loudly_that_it_proves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text(
+        f'[sgx]\nmrenclave = "{"11" * 32}"\n[collateral]\nfile = "none.json"\n', encoding="utf-8"
+    )
+    with running(tmp_path, "--attestation none") as (_, host, noted):
+        words = [sys.executable, "-m", "tsqp", "verify", f"https://{host}", "--policy", str(tmp_path / "policy.toml")]
+        asked = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert asked.returncode == NoTeeError.exit_code
+    assert asked.stderr == (
+        "error: the server runs in no trusted execution environment: its attestation is 'none', for development, and "
+        "proves nothing.\n"
+    )
+    assert "ATTESTATION IS 'none', FOR DEVELOPMENT" in noted[0]
+
+
+@pytest.mark.parametrize("backend", ["gramine", "tdx"])
+def test_where_there_is_no_tee_a_server_that_must_attest_does_not_start(backend: str, tmp_path: Path) -> None:
+    words = [
+        "serve",
+        "--level",
+        "local",
+        "--attestation",
+        backend,
+        "--model",
+        str(speaking_checkpoint(tmp_path / "tiny")),
+    ]
+    started = subprocess.run([sys.executable, "-m", "tsqp", *words], capture_output=True, text=True, check=False)
+    assert started.returncode == SetupError.exit_code
+    assert started.stderr.startswith("error: ")
+    assert "Traceback" not in started.stderr

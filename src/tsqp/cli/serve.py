@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import socket
 
     from tsqp.engine.api import Engine
+    from tsqp.serve.attestation import Identity
     from tsqp.serve.served_model import ServedModel
 
 DEFAULT_LEVEL = "masked"
@@ -29,6 +30,10 @@ _READS = {
     "open": "level open: the worker reads every prompt.",
     "verified": "level verified: the worker reads every prompt; its results are checked.",
 }
+_PROVES_NOTHING = (
+    "ATTESTATION IS 'none', FOR DEVELOPMENT: this server proves nothing of itself, whoever runs it can read every "
+    "prompt, and every client that checks refuses it."
+)
 _PREFIXES_SHOW = (
     "prefixes of prompts are reused at masked: where one is found again, the worker gets fewer rows, and so learns "
     "which prompts begin alike, and for how many tokens."
@@ -120,6 +125,14 @@ def serve(
         str | None, typer.Option(help="Certificate and its chain, PEM.", show_default="HTTP in clear")
     ] = None,
     tls_key: Annotated[str | None, typer.Option(help="Its key, PEM.", show_default=False)] = None,
+    attestation: Annotated[
+        str | None,
+        typer.Option(
+            help="What proves to clients which code runs here: gramine, tdx, none (for development: proves nothing), "
+            "off, or auto: by the TEE. With one the server makes its own TLS key.",
+            show_default="auto",
+        ),
+    ] = None,
     padding: Annotated[
         str | None, typer.Option(help="on or off: pad answers to few sizes.", show_default="on at masked")
     ] = None,
@@ -162,6 +175,7 @@ def serve(
             "api_keys": api_keys,
             "tls_cert": tls_cert,
             "tls_key": tls_key,
+            "attestation": attestation,
             "padding": padding,
         }
         _run(enclave, settings.load(EngineConfig, engine), settings.load(ServeConfig, flags))
@@ -189,11 +203,25 @@ def _run(enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig) -> N
     from tsqp.serve.process import forbid_core_dumps
 
     forbid_core_dumps()
-    check_exposure(served, _notice)
+    identity = _identity(served)
+    check_exposure(served, _notice, own_key=identity is not None)
     _check_peers(enclave, engine)
     with bind(served) as listening, ExitStack() as stack:
-        running, model = _loaded(enclave, engine, served, stack)
-        _answer(running, model, engine.default_tokens, served, listening)
+        running, model = _loaded(enclave, engine, served, identity, stack)
+        _answer(running, model, engine.default_tokens, served, identity, listening)
+
+
+def _identity(served: ServeConfig) -> Identity | None:
+    """Return the server's TLS key and what attests it; None where nothing does."""
+    from tsqp.attest.attesters import attester_for
+    from tsqp.serve.attestation import Identity
+
+    attester = attester_for(served.attestation)
+    if attester is None:
+        return None
+    if attester.tee == "none":
+        _notice(_PROVES_NOTHING)
+    return Identity(attester)
 
 
 def _check_peers(enclave: EnclaveConfig, engine: EngineConfig) -> None:
@@ -212,15 +240,16 @@ def _check_peers(enclave: EnclaveConfig, engine: EngineConfig) -> None:
 
 
 def _loaded(
-    enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig, stack: ExitStack
+    enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig, identity: Identity | None, stack: ExitStack
 ) -> tuple[Engine, ServedModel]:
     """Open the model, start a worker where none is given, and the engine; the stack ends them in reverse."""
     from tsqp.engine.loop import open_engine
     from tsqp.engine.memory import memory
     from tsqp.launch import own_worker
-    from tsqp.levels import open_model
+    from tsqp.levels import digest_of, open_model
     from tsqp.model.locate import model_name
     from tsqp.serve import served_model
+    from tsqp.serve.attestation import claims_of
 
     threads = set_threads(enclave.threads)
     revive = None
@@ -228,6 +257,8 @@ def _loaded(
         model = open_model(enclave.model, enclave.level, step)
         name = served.served_model or model_name(enclave.model)
         offered = served_model.served(model.tokenizer, model.architecture.vocab_size, name, enclave.level)
+        if identity is not None:
+            identity.claim(claims_of(enclave, engine, digest_of(model, step)))
         _notice(f"memory: {memory(model.architecture, enclave, engine)}.")
         if enclave.level in WORKER_LEVELS and not engine.workers and enclave.worker is None:
             step("starting a worker", 0.0)
@@ -245,16 +276,22 @@ def _loaded(
 
 
 def _answer(
-    engine: Engine, model: ServedModel, default_tokens: int, served: ServeConfig, listening: socket.socket
+    engine: Engine,
+    model: ServedModel,
+    default_tokens: int,
+    served: ServeConfig,
+    identity: Identity | None,
+    listening: socket.socket,
 ) -> None:
     from tsqp.serve.app import create_app
     from tsqp.serve.server import Server, url_of
 
     def ready() -> None:
-        typer.echo(f"{model.name}, level {model.level}: listening on {url_of(listening, served)}; Ctrl-C stops")
+        url = url_of(listening, served, own_key=identity is not None)
+        typer.echo(f"{model.name}, level {model.level}: listening on {url}; Ctrl-C stops")
 
-    app = create_app(engine, model, served, default_tokens=default_tokens)
-    Server(app, engine, served, ready).run(sockets=[listening])
+    app = create_app(engine, model, served, default_tokens=default_tokens, identity=identity)
+    Server(app, engine, served, ready, identity.context() if identity else None).run(sockets=[listening])
 
 
 def _notice(sentence: str) -> None:

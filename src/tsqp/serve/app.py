@@ -16,9 +16,10 @@ from starlette.responses import Response
 from tsqp.config import DEFAULT_TOKENS, ServeConfig
 from tsqp.engine.api import Engine
 from tsqp.serve import padding
+from tsqp.serve.attestation import Identity
 from tsqp.serve.bodies import error_response, json_response
 from tsqp.serve.errors import ApiError
-from tsqp.serve.gate import Gate
+from tsqp.serve.gate import ATTESTATION, Gate
 from tsqp.serve.keys import read_keys
 from tsqp.serve.metrics import CONTENT_TYPE, Metrics
 from tsqp.serve.served_model import ServedModel
@@ -37,6 +38,7 @@ def create_app(
     *,
     default_tokens: int = DEFAULT_TOKENS,
     view: View | None = None,
+    identity: Identity | None = None,
 ) -> FastAPI:
     """Return the application. It does not close the engine; ``app.state.stopping`` ends streams that have no end.
 
@@ -47,6 +49,7 @@ def create_app(
         default_tokens: how long an answer to a chat may be that names no limit.
         view: what a demonstration worker sees, for the page: JSON-able events, a new iteration for each reader. None
             offers nothing at ``/view``.
+        identity: what answers ``/v1/attestation``; None where nothing is attested.
 
     Raises:
         SetupError: the file of API keys cannot be used.
@@ -61,6 +64,8 @@ def create_app(
     )
     app.state.stopping = asyncio.Event()
     _add_health(app, engine)
+    if identity is not None:
+        _add_attestation(app, identity)
     _add_api(app, Service(engine, served_model, settings, metrics, default_tokens), served_model)
     _add_own(app, engine, served_model, metrics, offers_view=view is not None)
     if view is not None:
@@ -87,6 +92,12 @@ def _add_health(app: FastAPI, engine: Engine) -> None:
         if not stats.ready:
             return json_response({"status": "not ready", "reason": stats.reason}, status=503)
         return json_response({"status": "ready"})
+
+
+def _add_attestation(app: FastAPI, identity: Identity) -> None:
+    @app.get(ATTESTATION)
+    async def attestation(nonce: str | None = None) -> Response:
+        return Response(await identity.evidence(nonce), media_type="application/json")
 
 
 def _add_api(app: FastAPI, service: Service, model: ServedModel) -> None:

@@ -1,7 +1,7 @@
 """Who may ask what, and how many at once: the first code of ours that a request meets, and the last its answer does.
 
-Three kinds of path: health checks are for everybody; the API wants a key where keys are set up; everything else (the
-page, ``/status``, ``/view``, ``/metrics``) is for this machine, or for who has a key.
+Three kinds of path: health checks and attestation are for everybody; the API wants a key where keys are set up;
+everything else (the page, ``/status``, ``/view``, ``/metrics``) is for this machine, or for who has a key.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from tsqp.serve.keys import ApiKeys
 from tsqp.serve.metrics import Metrics
 
 HEALTH = ("/healthz", "/readyz")
+# Asked before a client trusts this server with a key.
+ATTESTATION = "/v1/attestation"
 GENERATING = ("/v1/completions", "/v1/chat/completions")
-_KNOWN_PATHS = (*HEALTH, *GENERATING, "/v1/models", "/metrics", "/status", "/view")
+_KNOWN_PATHS = (*HEALTH, ATTESTATION, *GENERATING, "/v1/models", "/metrics", "/status", "/view")
 _API = "/v1/"
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 _HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:]*)(:\d+)?")
@@ -76,7 +78,7 @@ class Gate:
 
     async def _guarded(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         path = scope["path"]
-        if path not in HEALTH:
+        if path not in (*HEALTH, ATTESTATION):
             owner = self._owner(Request(scope), api=path.startswith(_API))
             scope.setdefault("state", {})["owner"] = owner
         if path not in GENERATING or scope["method"] != "POST":

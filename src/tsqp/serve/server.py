@@ -29,16 +29,23 @@ _TICK_S = 0.1
 _BACKLOG = 1024
 
 
-def check_exposure(settings: ServeConfig, on_notice: Callable[[str], None]) -> None:
+def check_exposure(settings: ServeConfig, on_notice: Callable[[str], None], *, own_key: bool = False) -> None:
     """Refuse to serve strangers, and prompts in clear out of a TEE.
 
     Args:
         settings: host, keys and TLS.
         on_notice: told in a sentence what the user should know.
+        own_key: whether the server makes its TLS key itself, to be attested.
 
     Raises:
-        ConfigError: others could use the server without a key, or half of a TLS key pair is missing.
+        ConfigError: others could use the server without a key, half of a TLS key pair is missing, or one is given
+            where the server makes its own.
     """
+    if own_key and (settings.tls_cert or settings.tls_key):
+        raise ConfigError(
+            "with attestation the server makes its own TLS key, which is what the quote speaks for; a key from a file "
+            "is known to whoever wrote the file. Leave out --tls-cert and --tls-key, or say --attestation off."
+        )
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise ConfigError("TLS needs both a certificate and its key: give --tls-cert and --tls-key.")
     if settings.tls_cert is not None:
@@ -50,7 +57,7 @@ def check_exposure(settings: ServeConfig, on_notice: Callable[[str], None]) -> N
             f"{settings.host} can be reached from elsewhere, and there are no API keys: give --api-keys FILE "
             "('tsqp serve --api-keys FILE --new-api-key NAME' makes one), or serve on 127.0.0.1."
         )
-    if settings.tls_cert is None:
+    if settings.tls_cert is None and not own_key:
         sentence = f"prompts and answers travel to and from {settings.host} unencrypted: give --tls-cert and --tls-key."
         if (tee := tee_name()) is not None:
             raise ConfigError(f"inside {tee}, {sentence}")
@@ -81,10 +88,10 @@ def bind(settings: ServeConfig) -> socket.socket:
     return taken
 
 
-def url_of(listening: socket.socket, settings: ServeConfig) -> str:
+def url_of(listening: socket.socket, settings: ServeConfig, *, own_key: bool = False) -> str:
     """Return the address to give to people."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"{'https' if settings.tls_cert else 'http'}://{host}:{listening.getsockname()[1]}"
+    return f"{'https' if settings.tls_cert or own_key else 'http'}://{host}:{listening.getsockname()[1]}"
 
 
 class Server(uvicorn.Server):
@@ -95,10 +102,16 @@ class Server(uvicorn.Server):
         engine: to close at the end.
         settings: TLS and ``drain_s``.
         on_ready: called once requests are accepted.
+        context: with the server's own TLS key; None for the one that settings name, if they do.
     """
 
     def __init__(
-        self, app: FastAPI, engine: Engine, settings: ServeConfig, on_ready: Callable[[], None] = lambda: None
+        self,
+        app: FastAPI,
+        engine: Engine,
+        settings: ServeConfig,
+        on_ready: Callable[[], None] = lambda: None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -115,6 +128,7 @@ class Server(uvicorn.Server):
                 backlog=_BACKLOG,
                 ssl_certfile=settings.tls_cert,
                 ssl_keyfile=settings.tls_key,
+                ssl_context_factory=None if context is None else lambda _config, _default: context,
                 timeout_graceful_shutdown=int(settings.drain_s + _LAST_WORDS_S) + 1,
             )
         )

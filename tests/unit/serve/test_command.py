@@ -95,7 +95,7 @@ def command_line(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> Served:
     served = Served(app, FakeEngine(), [])
 
     def loaded(
-        enclave: EnclaveConfig, engine: EngineConfig, _served: ServeConfig, _stack: ExitStack
+        enclave: EnclaveConfig, engine: EngineConfig, _served: ServeConfig, _identity: None, _stack: ExitStack
     ) -> tuple[Engine, ServedModel]:
         served.settings.append((enclave, engine))
         return served.engine, tiny_served(enclave.level)
