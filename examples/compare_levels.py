@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 LEVELS = {
-    "open": "linear layers on a worker process, everything else in the enclave process",
+    "open": "linear layers, and norms and SwiGLU between them, on a worker process; all else in the enclave process",
     "verified": "int8 weights and exact integers; every product of the worker's is checked",
     "masked": "the same, and the worker sees uniform random words only",
     "local": "the same engine, all in one process",

@@ -25,7 +25,7 @@ else:
     import tomli as tomllib
 
 DTYPES = ("float32", "float16", "bfloat16")
-# In which activations may travel at the level open; int8 has one scale per token.
+# In which activations may travel at the level open; int8 has one scale per token, and a residual stream in bfloat16.
 WIRE_DTYPES = (*DTYPES, "int8")
 LEVELS = ("open", "local", "verified", "masked", "monolithic")
 # Levels that need a packed model, and send the worker integers.

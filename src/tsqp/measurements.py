@@ -209,7 +209,8 @@ class StepParts(Struct, frozen=True, kw_only=True):
     ``worker_s`` and ``wire_s`` were waited for, of the worker by its own account, and the rest is the enclave's:
     messages, copies, protection, and without a worker the products themselves. ``attention_s`` includes storing keys
     and values. ``overhead_s``, the median of ``all_overhead_s``, is what a step takes without these two: ``between_s``
-    (norms, rotary, SwiGLU, Python between products), ``sampling_s`` (telling who asked included) and ``scheduling_s``.
+    (norms, rotary, SwiGLU, Python between products; at `open` of these only the first norm, rotary and Python),
+    ``sampling_s`` (telling who asked included) and ``scheduling_s``.
     """
 
     name: str

@@ -89,7 +89,7 @@ def test_offloaded_attention_agrees_and_costs_two_more_round_trips_a_layer(
     assert after - fetched == 3 * architecture.layers + 2
 
 
-def test_a_prefill_of_the_bundled_model_takes_62_round_trips_for_212_modules(
+def test_a_prefill_of_the_bundled_model_takes_32_round_trips_for_212_modules(
     worker: StartWorker, bundled_directory: Path
 ) -> None:
     architecture = read_config(bundled_directory)

@@ -114,7 +114,7 @@ class ChainKernel:
         x, x_row = strided(x_MC, rows, inputs + hidden), x_MC.stride(0)
         y1, y_row = separate_rows(out, rows, 2 * hidden + outputs), out.stride(0)
         residual, y2, z = x + inputs * _FLOAT, y1 + hidden * _FLOAT, y1 + 2 * hidden * _FLOAT
-        own = torch.empty(rows * (2 * hidden + 3 * ffn))
+        own = torch.empty(rows * (2 * hidden + 3 * ffn), dtype=torch.float32)
         sums, normed, gated = (own.data_ptr() + rows * at * _FLOAT for at in (0, hidden, 2 * hidden))
         activated = gated + rows * 2 * ffn * _FLOAT
         multiply, norm, eps, last = (

@@ -59,7 +59,9 @@ class Capture:
     @property
     def _settings(self) -> EnclaveConfig:
         """Settings without peers, which are started here; in float32, which the attacks' tolerances are for."""
-        return replace(self.config, dtype=_DTYPE, worker_key=None, dealers=(), dealer_keys=(), masks=None)
+        return replace(
+            self.config, dtype=_DTYPE, wire_dtype=None, worker_key=None, dealers=(), dealer_keys=(), masks=None
+        )
 
     def _with_integers(self, evidence: Evidence, groups: frozenset[str], levels: Sequence[str]) -> Evidence:
         if not {"verified", "masked"} & set(levels):

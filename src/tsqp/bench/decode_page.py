@@ -32,7 +32,8 @@ def sections(report: DecodeReport) -> list[str]:
         section(
             f"A step of {report.steps[0].batch} requests, by part",
             "Milliseconds. Of the worker's part only what the enclave waited for is shown. The overhead is what is "
-            "neither products nor attention: norms, rotary and SwiGLU between products, sampling, and scheduling.",
+            "neither products nor attention: norms, rotary and SwiGLU, which at open the worker computes but for the "
+            "first norm and rotary, sampling, and scheduling.",
             stacked_bars(bars, PARTS, "time by part"),
             legend(PARTS),
             table(

@@ -1,6 +1,6 @@
 """The floor of each part of a level: the same work alone, in one process, with warm caches and without any transport.
 
-* worker: the level's products of all rows, every group in order, nothing between them;
+* worker: the level's products of all rows, every group in order, and at `open` what it computes between them;
 * protection: quantising, masking, checking, also what is done ahead, with products computed in this process at once;
 * the rest of the enclave: the forward pass where each product is a ready-made tensor of the right shape.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,7 +24,7 @@ from tsqp.config import WorkerConfig
 from tsqp.errors import InternalError
 from tsqp.levels import open_model, runnable
 from tsqp.loaded import Runnable
-from tsqp.model.architecture import LlamaConfig, linear_groups
+from tsqp.model.architecture import LlamaConfig, chain_name, chains, linear_groups
 from tsqp.model.llama import Llama
 from tsqp.model.overlap import Pending
 from tsqp.paths import private_socket_directory
@@ -110,18 +110,25 @@ class Floors:
 
     def _worker_s(self, batch: int, tokens: int) -> float:
         """Time every product once, one after the other."""
-        rows = product_rows(self._config, batch, tokens)
-        if [len(x_MK) for _, x_MK in self._inputs] != list(rows.values()):
-            self._inputs = [(group, self._operand(group, count)) for group, count in rows.items()]
+        asked = self._asked(product_rows(self._config, batch, tokens))
+        if [len(x_MK) for _, x_MK in self._inputs] != list(asked.values()):
+            self._inputs = [(name, self._operand(name, count)) for name, count in asked.items()]
         started = time.perf_counter()
-        for group, x_MK in self._inputs:
-            self._service.multiply(group, x_MK)
+        for name, x_MK in self._inputs:
+            self._service.multiply(name, x_MK)
         if self._service.device.type == "cuda":
             torch.cuda.synchronize(self._service.device)
         return time.perf_counter() - started
 
-    def _operand(self, group: str, rows: int) -> Tensor:
-        generator, shape = torch.Generator().manual_seed(0), (rows, self._service.groups[group].in_features)
+    def _asked(self, rows: Mapping[str, int]) -> Mapping[str, int]:
+        """Return how many rows of what a worker is asked for: of groups, or of the first one and chains."""
+        if not self._service.chains:
+            return rows
+        first = next(iter(rows))
+        return {first: rows[first], **{chain_name(names): rows[names[0]] for names in chains(self._config)}}
+
+    def _operand(self, name: str, rows: int) -> Tensor:
+        generator, shape = torch.Generator().manual_seed(0), (rows, self._service.widths(name)[0])
         device, dtype = self._service.device, self._service.rows_dtype
         if self._service.serves == "open":
             return torch.randn(shape, generator=generator).to(device, dtype)

@@ -22,7 +22,8 @@ class OpenOps:
     Args:
         session: a session whose worker has been checked to hold the model.
         config: the model's architecture.
-        wire_dtype: dtype in which activations travel both ways: a float dtype, or int8 with one scale per token.
+        wire_dtype: dtype in which activations travel both ways: a float dtype, or int8 with one scale per token (the
+            residual stream beside it in bfloat16).
     """
 
     def __init__(self, session: Session, config: LlamaConfig, wire_dtype: torch.dtype) -> None:
@@ -72,7 +73,7 @@ class OpenOps:
             parts = y.split(widths, dim=1)
             first, second, last = [int8_rows.decode(part) for part in parts] if self._extra else parts
             residual_MD.add_(first).add_(second)
-            kept = own and last.dtype == torch.float32 and last.is_contiguous()
+            kept = (own or self._extra) and last.dtype == torch.float32 and last.is_contiguous()
             return last if kept else last.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
         return partial(self._collect, request_id, expect, operation, split)

@@ -48,6 +48,18 @@ class Chain:
         o, _, _, following = self.groups
         return o.in_features + o.rows, 2 * o.rows + following.rows
 
+    def check(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that it cannot be computed for.
+
+        Raises:
+            InputError: another shape or dtype, or the result, or what lies between, would be too large.
+        """
+        columns, results = self.widths
+        if len(shape) != 2 or shape[1] != columns or not dtype.is_floating_point:  # noqa: PLR2004
+            raise InputError(f"linear {self.name} expects floats of shape [M, {columns}], got {dtype} {list(shape)}.")
+        o, gate_up, down, _ = self.groups
+        bound_result((shape[0], max(results, 2 * o.rows + gate_up.rows + down.in_features)))
+
 
 class LinearChains:
     """All chains of a model.
@@ -69,19 +81,15 @@ class LinearChains:
                 self._chains[names] = Chain(groups, norm_D, next_norm_D, kernel)
         self.by_name = {chain.name: chain for chain in self._chains.values()}
 
-    def check(self, names: tuple[str, ...], dtype: torch.dtype, shape: tuple[int, ...]) -> Chain:
-        """Return the chain of some groups if it can be computed for a tensor.
+    def find(self, names: tuple[str, ...]) -> Chain:
+        """Return the chain of some groups.
 
         Raises:
-            InputError: no such chain, the tensor has another shape, or the result would be too large.
+            InputError: there is none.
         """
         chain = self._chains.get(names)
         if chain is None:
             raise InputError(f"the linear groups {', '.join(map(repr, names))} are no chain of this model.")
-        columns, results = chain.widths
-        if len(shape) != 2 or shape[1] != columns or not dtype.is_floating_point:  # noqa: PLR2004
-            raise InputError(f"linear {chain.name} expects floats of shape [M, {columns}], got {dtype} {list(shape)}.")
-        bound_result((shape[0], max(results, chain.groups[1].rows)))
         return chain
 
     def multiply(self, name: str, x_MC: Tensor, out: Tensor | None = None) -> Tensor:

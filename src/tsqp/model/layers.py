@@ -1,4 +1,4 @@
-"""The non-linear parts: RMSNorm, rotary embedding, SwiGLU. They stay in the enclave, but at `open`: ``chains``.
+"""The non-linear parts: RMSNorm, rotary embedding, SwiGLU. At `open` the worker computes those within ``chains``.
 
 Native kernels compute them where they are built, PyTorch's operators elsewhere; the two round differently. Either way a
 token's bits depend on that token only. For the operators this relies on one thread, since threads cut rows anywhere

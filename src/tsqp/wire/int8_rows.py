@@ -4,7 +4,8 @@ A row of K numbers travels as K + 4 bytes: int8 codes, then the scale as float32
 float dtypes do (docs/tuning.md has the errors, docs/protocol.md the format). Beside it may lie a row of the residual
 stream in bfloat16: with one scale per token the few large values of that stream would leave nothing of the others.
 
-Shapes: M rows, K columns, P = K + 4 bytes of a row, D columns of the residual stream.
+Shapes: M rows, K columns, P = K + 4 bytes of a row, D columns of the residual stream, C = P + 2D bytes of both, N
+columns of some parts together.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from tsqp.errors import ProtocolError
 
 SCALE_BYTES = 4
+# Of a number of the residual stream.
 STREAM_BYTES = 2
 _MAX_CODE = 127
 
@@ -34,7 +36,9 @@ def encode(x_MK: Tensor) -> Tensor:
     scale_M1 = x_MK.abs().amax(dim=1, keepdim=True) / _MAX_CODE
     divisor_M1 = torch.where(scale_M1 > 0, scale_M1, torch.ones_like(scale_M1))
     codes_MK = (x_MK / divisor_M1).nan_to_num_(0.0).round_().clamp_(-_MAX_CODE, _MAX_CODE).to(torch.int8)
-    return torch.cat((codes_MK, torch.where(scale_M1.isfinite(), scale_M1, torch.nan).view(torch.int8)), dim=1)
+    # Of no rows a result has strides that cannot be viewed as bytes; a copy has none of those.
+    finite_M1 = torch.where(scale_M1.isfinite(), scale_M1, torch.nan).clone(memory_format=torch.contiguous_format)
+    return torch.cat((codes_MK, finite_M1.view(torch.int8)), dim=1)
 
 
 def encode_parts(y_MN: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -51,19 +55,19 @@ def encode_parts(y_MN: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def encode_beside(x_MK: Tensor, residual_MD: Tensor) -> Tensor:
-    """Encode rows, and beside each its row of the residual stream: int8, shape (M, P + 2D)."""
+    """Encode rows, and beside each its row of the residual stream: int8, shape (M, C)."""
     stream_MD = residual_MD.to(torch.bfloat16).contiguous()
     return torch.cat((encode(x_MK), stream_MD.view(torch.int8)), dim=1)
 
 
-def decode_beside(rows: Tensor, columns: int) -> Tensor:
+def decode_beside(rows_MC: Tensor, hidden: int) -> Tensor:
     """Return the float32 numbers that ``encode_beside`` encoded, shape (M, K + D).
 
     Args:
-        rows: int8, shape (M, P + 2D); at any address.
-        columns: K.
+        rows_MC: int8; at any address.
+        hidden: D.
     """
-    coded_MP, stream = rows[:, : columns + SCALE_BYTES], rows[:, columns + SCALE_BYTES :]
+    coded_MP, stream = rows_MC.split((rows_MC.shape[1] - STREAM_BYTES * hidden, STREAM_BYTES * hidden), dim=1)
     stream_MD = stream.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
     return torch.cat((decode(coded_MP), stream_MD.float()), dim=1)
 

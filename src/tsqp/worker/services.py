@@ -116,7 +116,7 @@ class OpenService:
         self.dtype = self.rows_dtype = linears.dtype
         self.state = state
         self._chains = LinearChains(linears, state)
-        self._stream_bytes = linears.config.hidden_size * int8_rows.STREAM_BYTES
+        self._hidden = linears.config.hidden_size
         self.chains = {name: chain.groups[-1].name for name, chain in self._chains.by_name.items()}
 
     def product(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
@@ -139,10 +139,17 @@ class OpenService:
         # What the header says of the tensor has been found true.
         shape, dtype = header.x.shape, codec.TORCH_DTYPES[header.x.dtype]
         if isinstance(header, messages.LinearChain):
-            if dtype == torch.int8 and len(shape) == 2:  # noqa: PLR2004
-                columns = shape[1] - int8_rows.SCALE_BYTES - self._stream_bytes
-                dtype, shape = self.dtype, (shape[0], columns + self.linears.config.hidden_size)
-            return Rows(self._chains.check(header.groups, dtype, shape).name, shape[0])
+            chain = self._chains.find(header.groups)
+            if dtype == torch.int8:
+                width = chain.widths[0] + int8_rows.SCALE_BYTES + self._hidden * (int8_rows.STREAM_BYTES - 1)
+                if len(shape) != 2 or shape[1] != width:  # noqa: PLR2004
+                    raise InputError(
+                        f"linear {chain.name} expects int8 rows of {width} bytes, what the first group reads and the "
+                        f"residual stream, got {list(shape)}."
+                    )
+                dtype, shape = self.dtype, (shape[0], chain.widths[0])
+            chain.check(dtype, shape)
+            return Rows(chain.name, shape[0])
         if dtype == torch.int8 and shape:
             row = int8_rows.decode(tensors[0][:1])
             group = self.linears.check(header.group, row.dtype, tuple(row.shape))
@@ -157,8 +164,7 @@ class OpenService:
         if x.dtype == self.dtype:
             return x
         if x.dtype == torch.int8 and isinstance(header, messages.LinearChain):
-            inputs = x.shape[1] - int8_rows.SCALE_BYTES - self._stream_bytes
-            return int8_rows.decode_beside(x, inputs).to(self.dtype)
+            return int8_rows.decode_beside(x, self._hidden).to(self.dtype)
         return (int8_rows.decode(x) if x.dtype == torch.int8 else x).to(self.dtype)
 
     def widths(self, name: str) -> tuple[int, int]:
@@ -181,8 +187,8 @@ class OpenService:
     def result(self, header: AnyRequest, y_MN: Tensor) -> Tensor:
         """See ``WorkerService.result``."""
         if isinstance(header, messages.LinearChain) and header.x.dtype == "int8":
-            hidden = self.linears.config.hidden_size
-            return int8_rows.encode_parts(y_MN.cpu(), (hidden, hidden, y_MN.shape[1] - 2 * hidden))
+            last = y_MN.shape[1] - 2 * self._hidden
+            return int8_rows.encode_parts(y_MN.cpu(), (self._hidden, self._hidden, last))
         return _on_the_wire(y_MN, header.x.dtype) if isinstance(header, _FLOAT_ROWS) else y_MN
 
 

@@ -119,7 +119,7 @@ def test_as_int8_the_residual_stream_goes_out_as_bfloat16_and_each_part_has_scal
     (asked,) = worker.asked
     assert asked.header == messages.LinearChain(id=1, groups=LAST_CHAIN, x=TensorSpec("int8", (3, 8 + 4 + 2 * 8)))
     expected = torch.cat((int8_rows.decode(int8_rows.encode(x_MK)), sent.bfloat16().float()), dim=1)
-    assert torch.equal(int8_rows.decode_beside(asked.tensors[0], 8), expected)
+    assert torch.equal(int8_rows.decode_beside(asked.tensors[0], hidden=8), expected)
 
 
 def test_embedding_sends_ids_and_asks_for_the_wire_dtype() -> None:
@@ -168,10 +168,14 @@ class SharedTransport(AnsweringTransport):
         *product(("linear", "linear_chain", "embedding", "state"), (torch.int8,)),  # attention's products are no rows
     ],
 )
-def test_results_are_copied_out_of_memory_that_the_worker_can_change(operation: str, dtype: torch.dtype) -> None:
-    x_MK, ids_M = torch.arange(16.0).view(2, 8), torch.tensor([1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_results_are_copied_out_of_memory_that_the_worker_can_change(
+    operation: str, dtype: torch.dtype, rows: int
+) -> None:
+    """Of one row, a part of a wider one is contiguous, and could be taken as it lies."""
+    x_MK, ids_M = torch.arange(8.0 * rows).view(rows, 8), torch.tensor([1, 2])[:rows]
     columns = {"linear": 24, "linear_chain": 40, "embedding": 8, "matmul": 3, "state": 0}[operation]
-    y_MN = torch.arange(2.0 * columns).view(2, columns)
+    y_MN = torch.arange(float(rows * columns)).view(rows, columns)
     state = {name: torch.rand(shape) for name, shape in norm_shapes(CONFIG).items()}
     sizes = (8, 8, 24) if operation == "linear_chain" else (columns,)
     sent = int8_rows.encode_parts(y_MN, sizes) if dtype == torch.int8 and columns else y_MN.to(dtype)
@@ -185,7 +189,7 @@ def test_results_are_copied_out_of_memory_that_the_worker_can_change(operation: 
         case "linear":
             assert torch.equal(ops.linear("layers.0.qkv", x_MK)(), expected)
         case "linear_chain":
-            residual_MD = torch.zeros(2, 8)
+            residual_MD = torch.zeros(rows, 8)
             pending = ops.linear_chain(CHAIN, x_MK, residual_MD)
             assert torch.equal(pending(), expected[:, 16:])
             assert torch.equal(residual_MD, expected[:, :8] + expected[:, 8:16])

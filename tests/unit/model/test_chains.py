@@ -58,7 +58,8 @@ def test_every_chain_has_the_bits_of_its_groups(directory: Path, rows: int) -> N
         x_MK, x_MD = torch.randn(rows, 48), 9 * torch.randn(rows, linears.config.hidden_size)
         x_MC = torch.cat((x_MK, x_MD), dim=1)
         expected, _ = one_by_one(linears, state, names, x_MK, x_MD)
-        chain = computed.check(names, x_MC.dtype, tuple(x_MC.shape))
+        chain = computed.find(names)
+        chain.check(x_MC.dtype, tuple(x_MC.shape))
         assert chain.widths == (x_MC.shape[1], expected.shape[1])
         kept = x_MC.clone()
         assert torch.equal(computed.multiply(chain.name, x_MC), expected)
@@ -104,17 +105,17 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     _, _, computed = load(tiny_llama)
     with pytest.raises(InputError, match=message):
-        computed.check(names, dtype, (2, columns))
+        computed.find(names).check(dtype, (2, columns))
     with pytest.raises(InputError, match="expects floats"):
-        computed.check(NAMES, torch.float32, (96,))
+        computed.find(NAMES).check(torch.float32, (96,))
 
 
 def test_what_lies_between_is_bounded_like_a_result(tiny_llama: Path) -> None:
     """A layer's gate and up may be wider than all that is returned."""
     wide = load(tiny_checkpoint(tiny_llama.parent / "wide", intermediate_size=400))[2]
     rows = (1 << 30) // wide.by_name[CHAIN].widths[1]
-    with pytest.raises(InputError, match=r"a result of shape \[\d+, 800\] has \d+ elements; at most"):
-        wide.check(NAMES, torch.float32, (rows, 96))
+    with pytest.raises(InputError, match=r"a result of shape \[\d+, 1296\] has \d+ elements; at most"):
+        wide.find(NAMES).check(torch.float32, (rows, 96))
 
 
 def test_a_worker_without_all_norms_has_no_chains(tiny_llama: Path) -> None:

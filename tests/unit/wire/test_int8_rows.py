@@ -36,7 +36,7 @@ def test_the_example_of_the_page_is_what_travels() -> None:
     assert f"as an example:\n\n    {rows}\n" in page.read_text(encoding="utf-8")
 
 
-@given(rows=st.integers(1, 4), inputs=st.integers(1, 9), hidden=st.integers(1, 9), shift=st.integers(0, 3))
+@given(rows=st.integers(0, 4), inputs=st.integers(1, 9), hidden=st.integers(1, 9), shift=st.integers(0, 3))
 def test_a_stream_beside_keeps_its_small_values(rows: int, inputs: int, hidden: int, shift: int) -> None:
     generator = torch.Generator().manual_seed(rows + inputs)
     x_MK, stream_MD = torch.randn(rows, inputs, generator=generator), torch.randn(rows, hidden, generator=generator)
@@ -44,7 +44,7 @@ def test_a_stream_beside_keeps_its_small_values(rows: int, inputs: int, hidden: 
     coded = int8_rows.encode_beside(x_MK, stream_MD)
     assert (coded.dtype, tuple(coded.shape)) == (torch.int8, (rows, inputs + 4 + 2 * hidden))
     anywhere = torch.empty(coded.numel() + shift, dtype=torch.int8)[shift:].view(coded.shape).copy_(coded)
-    decoded = int8_rows.decode_beside(anywhere, inputs)
+    decoded = int8_rows.decode_beside(anywhere, hidden)
     assert torch.equal(decoded[:, :inputs], int8_rows.decode(int8_rows.encode(x_MK)))
     assert torch.equal(decoded[:, inputs:], stream_MD.bfloat16().float())
 
@@ -55,6 +55,12 @@ def test_parts_have_scales_of_their_own() -> None:
     assert int8_rows.decode(first).tolist() == [[pytest.approx(1e6)]]
     assert int8_rows.decode(second).tolist() == [[2.0, pytest.approx(1.0, abs=0.01)]]
     assert int8_rows.decode(third).tolist() == [[pytest.approx(1e-6)]]
+
+
+def test_no_rows_are_no_rows() -> None:
+    coded = int8_rows.encode(torch.zeros(0, 3))
+    assert tuple(coded.shape) == (0, 7)
+    assert tuple(int8_rows.decode(coded).shape) == (0, 3)
 
 
 def test_zeros_stay_zeros() -> None:

@@ -239,7 +239,7 @@ def test_chains_that_wait_together_are_one_product(floats: OpenService, has_slot
 def test_chains_in_int8_and_in_floats_wait_together(floats: OpenService) -> None:
     x_MK, residual_MD = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(4))
     coded = int8_rows.encode_beside(x_MK, residual_MD)
-    plain = int8_rows.decode_beside(coded, 48)
+    plain = int8_rows.decode_beside(coded, hidden=48)
     client = Client()
     dispatcher = serve(floats, [client.message(chain(1, coded)), client.message(chain(2, plain))])
     assert (dispatcher.products, dispatcher.product_requests) == (1, 2)
@@ -252,7 +252,17 @@ def test_a_chain_in_int8_of_another_width_is_refused(floats: OpenService) -> Non
     failure = client.replies[1][0]
     assert isinstance(failure, messages.Failure)
     assert failure.code == "input"
-    assert "linear layers.1.o to layers.2.qkv expects" in failure.message
+    assert "linear layers.1.o to layers.2.qkv expects int8 rows of 148 bytes" in failure.message
+    assert "got [2, 147]" in failure.message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32], ids=str)
+def test_a_request_of_no_rows_leaves_the_others_alone(floats: OpenService, dtype: torch.dtype) -> None:
+    empty, client = torch.zeros(0, 148 if dtype == torch.int8 else 96, dtype=dtype), Client()
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(5))
+    dispatcher = serve(floats, [client.message(chain(1, x)), client.message(chain(2, empty))])
+    assert (dispatcher.products, dispatcher.product_requests, dispatcher.errors) == (1, 2, 0)
+    assert len(client.tensor(2)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
