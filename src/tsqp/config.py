@@ -96,12 +96,13 @@ class EnclaveConfig:
     machine; None streams the codes from the worker. ``retries``: how often a product is sent again when the link
     fails. ``wire_dtype``: in which activations travel at `open`; None means ``dtype``. ``micro_batches``: into how many
     parts a prefill is cut that take turns, so that one is computed while another's product is away; None chooses by the
-    prompt's length.
+    prompt's length. ``model_digest``: which the model must have (``levels.digest_of``); None takes any.
     """
 
     SECTION: typing.ClassVar[str] = "enclave"
 
     model: str = _setting("smollm2", "LLAMA_MODEL_PATH")
+    model_digest: str | None = _setting(None, "TSQP_MODEL_DIGEST")
     worker: str | None = _setting(None, "LLAMA_GPU_ENDPOINT")
     worker_key: str | None = _setting(None, "TSQP_WORKER_KEY")
     dtype: str = _setting("float32", "LLAMA_DTYPE", choices=DTYPES)

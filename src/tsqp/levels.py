@@ -16,7 +16,7 @@ from tsqp.config import EXACT_LEVELS, EnclaveConfig
 from tsqp.enclave.codes import DirectoryCodes, read_codes
 from tsqp.enclave.connect import Peer, Wrap, connect, meet
 from tsqp.enclave.dealers import check_dealers, dealer_peers
-from tsqp.errors import ConfigError, InputError
+from tsqp.errors import ConfigError, InputError, ModelMismatchError
 from tsqp.loaded import OnStep, Runnable, Stepper, cutting, shares_cores, step_groups, taking_turns
 from tsqp.meter import Meter
 from tsqp.model.architecture import LlamaConfig, read_config, weight_shapes
@@ -91,6 +91,7 @@ def runnable(
         TsqpError: as loading or connecting does.
     """
     check_options(level, config, offload_attention=offload_attention)
+    require_digest(model, config.model_digest, on_step)
     wrap_worker = wrap("worker") if wrap else None
     if level == "monolithic":
         from tsqp.bench.monolithic import Monolithic  # noqa: PLC0415  transformers is needed by this level only
@@ -220,6 +221,22 @@ def digest_of(model: Model, on_step: OnStep = lambda _name, _done: None) -> str:
         WeightsError: a weight is missing.
     """
     return model.packed.manifest.digest if model.packed is not None else _digest(model, on_step)
+
+
+def require_digest(model: Model, expected: str | None, on_step: OnStep = lambda _name, _done: None) -> None:
+    """Refuse another model than the one that was asked for by its digest, if one was.
+
+    Raises:
+        ModelMismatchError: it is another.
+    """
+    if expected is None:
+        return
+    found = digest_of(model, on_step)
+    if found != expected.lower():
+        raise ModelMismatchError(
+            f"the model in {model.directory} has the digest {found}, not {codec.printable(expected)} "
+            "(TSQP_MODEL_DIGEST): it is another model, or it was changed."
+        )
 
 
 def _digest(model: Model, on_step: OnStep) -> str:
