@@ -262,7 +262,8 @@ def _opened(endpoint: Endpoint, failing: str) -> int:
         raise SetupError(f"{failing}: {reason}.") from error
     status = os.fstat(descriptor)
     mode, why = stat.S_IMODE(status.st_mode), ""
-    if not stat.S_ISREG(status.st_mode) or status.st_size < PAGE:
+    # Gramine shows what it shares with its host as a device; a true device has no size.
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISCHR(status.st_mode)) or status.st_size < PAGE:
         why = "a file that is no region is there"
     elif status.st_uid != os.geteuid():
         why = f"the file there belongs to user {status.st_uid}, and this process runs as {os.geteuid()}"

@@ -366,6 +366,26 @@ def test_what_is_no_private_file_is_refused_by_both_sides(
         path.rmdir() if path.is_dir() else path.unlink()
 
 
+@pytest.mark.parametrize("has_a_size", [True, False])
+def test_a_region_that_looks_like_a_device_is_one_as_under_gramine(
+    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch, *, has_a_size: bool
+) -> None:
+    look = os.fstat
+
+    def as_a_device(descriptor: int) -> os.stat_result:
+        fields = [int(field) for field in look(descriptor)]
+        fields[stat.ST_MODE] = stat.S_IFCHR | stat.S_IMODE(fields[stat.ST_MODE])
+        fields[stat.ST_SIZE] *= has_a_size
+        return os.stat_result(fields)
+
+    monkeypatch.setattr("tsqp.transport.named.os.fstat", as_a_device)
+    if has_a_size:
+        exchange(connect(), server)
+    else:
+        with pytest.raises(AbsentPeerError, match="a file that is no region is there"):
+            connect()
+
+
 def opened(endpoint: Endpoint) -> object:
     return open_client(endpoint, LIMIT_BYTES)
 
