@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 
+from tsqp.errors import SetupError
 from tsqp.paths import check_private, make_private, user_socket_directory
 from tsqp.transport.urls import Endpoint, parse
 
@@ -21,10 +22,15 @@ def make_nearby(port: int) -> Endpoint | None:
         None where there is no shared memory: it needs Linux.
 
     Raises:
-        SetupError: the directory cannot be made, is not private to this user, or has too long a name.
+        SetupError: the directory cannot be made, is not private to this user, or has too long a name; or there are no
+            such sockets, as under Gramine.
     """
     if sys.platform != "linux":
         return None
+    try:
+        _new_socket().close()
+    except OSError as error:
+        raise SetupError(f"this system has no UNIX sockets that keep messages apart ({error.strerror}).") from error
     make_private(user_socket_directory())
     return _endpoint(port)
 
@@ -39,8 +45,15 @@ def find_nearby(port: int) -> Endpoint | None:
         return None
     check_private(user_socket_directory())
     endpoint = _endpoint(port)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        return None if probe.connect_ex(endpoint.path) else endpoint
+    try:
+        with _new_socket() as probe:
+            return None if probe.connect_ex(endpoint.path) else endpoint
+    except OSError:
+        return None
+
+
+def _new_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def _endpoint(port: int) -> Endpoint:

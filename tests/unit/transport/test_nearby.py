@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import socket
 import stat
 import tempfile
 from collections.abc import Callable
@@ -115,3 +117,14 @@ def test_where_none_can_be_made_the_reason_is_said(runtime: Path, monkeypatch: p
     monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(SetupError, match=rf"make the directory {re.escape(str(runtime))}/tsqp: Permission denied. Set"):
         make_nearby(PORT)
+
+
+def test_a_system_without_such_sockets_has_no_shared_memory_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> socket.socket:
+        raise OSError(errno.EPROTONOSUPPORT, os.strerror(errno.EPROTONOSUPPORT))
+
+    made()
+    monkeypatch.setattr("tsqp.transport.nearby.socket.socket", refused)
+    with pytest.raises(SetupError, match="no UNIX sockets that keep messages apart"):
+        make_nearby(PORT)
+    assert find_nearby(PORT) is None
