@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import ctypes
+import errno
 import json
 import logging
 import stat
@@ -19,7 +21,7 @@ from openai import OpenAI
 from serving import Serve
 
 from tsqp.errors import ConfigError, SetupError
-from tsqp.serve import padding
+from tsqp.serve import padding, process
 from tsqp.serve.keys import new_key, read_keys
 
 ASK = {"model": MODEL, "prompt": "x", "max_tokens": 1}
@@ -225,6 +227,29 @@ def test_a_server_leaves_no_core_dump() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "(0, 0) 0\n"
+
+
+class WithoutPrctl:
+    """A C library whose kernel has no prctl."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def prctl(self, *_: int) -> int:
+        ctypes.set_errno(errno.ENOSYS)
+        return -1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_only_gramine_may_lack_the_call_that_hides_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsqp.serve.process.resource.setrlimit", lambda *_: None)
+    monkeypatch.setattr("tsqp.serve.process.ctypes.CDLL", WithoutPrctl)
+    with pytest.raises(SetupError, match=r"core dumps cannot be turned off \(prctl: errno 38\)"):
+        process.forbid_core_dumps()
+    monkeypatch.setattr("tsqp.serve.process._GRAMINE", tmp_path)
+    process.forbid_core_dumps()
+    monkeypatch.setattr("tsqp.serve.process.ctypes.get_errno", lambda: errno.EPERM)
+    with pytest.raises(SetupError, match="errno 1"):
+        process.forbid_core_dumps()
 
 
 def test_the_server_does_not_need_transformers_or_torch() -> None:
