@@ -112,21 +112,14 @@ def worker_process(
 
     Raises:
         TsqpError: the worker's own, if it does not come up.
+        SetupError: this system starts no processes, as within an enclave.
         TransportError: it was given up.
     """
     with tempfile.TemporaryFile("w+") as log:
         process = None
         try:
             with _uninterrupted():
-                process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    env=environment,
-                    start_new_session=True,
-                )
+                process = _started(words, log, environment)
             _await_ready(process, log, is_over)
             yield process
         finally:
@@ -171,6 +164,24 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if missed:
             signal.raise_signal(signal.SIGINT)
+
+
+def _started(words: Sequence[str], log: IO[str], environment: Mapping[str, str] | None) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise SetupError(
+            f"no worker can be started here ({error.strerror}): give the address of one that runs, --worker "
+            "(LLAMA_GPU_ENDPOINT)."
+        ) from error
 
 
 def _await_ready(process: subprocess.Popen[str], log: IO[str], is_over: Callable[[], bool]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -45,6 +46,18 @@ def test_it_has_a_session_of_its_own_and_ends_with_the_block(started: list[subpr
         assert os.getsid(process.pid) == process.pid
         assert process.poll() is None
     assert process.returncode == -signal.SIGTERM
+
+
+def test_where_no_process_may_be_started_it_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> subprocess.Popen[str]:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("tsqp.launch.subprocess.Popen", refused)
+    with (
+        pytest.raises(SetupError, match=r"no worker can be started here .*give the address of one that runs, --worker"),
+        worker_process(program(UNTIL_HANGUP)),
+    ):
+        pass
 
 
 def test_ctrl_c_while_the_process_is_made_does_not_lose_it(
