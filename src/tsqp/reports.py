@@ -129,6 +129,30 @@ class PackReport(Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+class SizePart(Struct, frozen=True, kw_only=True):
+    """What one part of an enclave takes."""
+
+    name: str
+    bytes: int
+
+
+class SizeReport(Struct, frozen=True, kw_only=True):
+    """``tsqp size``. ``enclave_size`` and ``max_threads`` are what a Gramine manifest takes.
+
+    ``enclave_bytes`` is the same size: a power of two, a fifth above ``needed_bytes``, the sum of ``parts``, at least.
+    """
+
+    model: str
+    level: str
+    threads: int
+    max_running: int
+    parts: list[SizePart]
+    needed_bytes: int
+    enclave_bytes: int
+    enclave_size: str
+    max_threads: int
+
+
 class Check(Struct, frozen=True, kw_only=True):
     """One line of ``tsqp doctor``. ``advice`` says what to do where the status is not ``ok``."""
 
@@ -200,6 +224,7 @@ REPORTS = (
     VerifyReport,
     PrefillReport,
     PackReport,
+    SizeReport,
     DoctorReport,
     BenchReport,
     LevelsReport,
