@@ -39,7 +39,7 @@ class Trace:
 
     @property
     def names(self) -> set[str]:
-        """The system calls that were made and not refused as unknown."""
+        """The system calls that were made."""
         return {name for name, _ in self.calls}
 
 
