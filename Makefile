@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test browser check lint bench readme schema clean
+.PHONY: help demo test browser tracer check lint bench readme schema clean
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -23,7 +23,7 @@ demo: $(STAMP)  ## Run the bundled model split, local and monolithic, and compar
 	@echo "To chat in the browser and watch what the worker sees meanwhile: $(BIN)/tsqp demo (or $(BIN)/tsqp demo --level open)"
 
 # Two processes, a file's tests in one of them: most of a test's time is waiting for a process that it started.
-test: $(STAMP) browser  ## Run all tests.
+test: $(STAMP) browser tracer  ## Run all tests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The page is tested in a real Chromium. Who may install none tests the rest: those tests are skipped, but not in CI.
@@ -35,6 +35,14 @@ browser:
 	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || \
 	echo "It cannot be installed here: tests of the page are skipped (as root: apt-get install chromium)."
+
+# What programs would open in an enclave is traced with strace; without it those tests are skipped.
+tracer:
+	@command -v strace > /dev/null || { \
+	echo "Installing strace, with which programs are traced."; \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends strace > /dev/null; }; } || \
+	echo "It cannot be installed here: tests of what programs open are skipped (as root: apt-get install strace)."
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -13,6 +13,8 @@ MODEL_NAME      ?= $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 # Of an encrypted mount: the key's name under /dev/attestation/keys. Its files are then in MODELS/encrypted/MODEL_NAME, put
 # there by whoever has the key, and ENCLAVE_SIZE and MAX_THREADS must be given.
 MODEL_KEY       ?=
+# The digest that the model must have; needed where it is encrypted, since trusted files are measured themselves.
+MODEL_DIGEST    ?=
 DTYPE           ?= float32
 LEVEL           ?= masked
 SERVES          ?= open
@@ -40,6 +42,10 @@ ifneq ($(filter %_secret %.pem,$(WORKER_KEYS) $(DEALER_KEYS) $(API_KEYS)),)
 $(error secret keys do not belong into a manifest: give the public NAME.key files, and a file of hashed API keys)
 endif
 
+ifneq ($(and $(MODEL_KEY),$(if $(MODEL_DIGEST),,none)),)
+$(error an encrypted model is not measured: give MODEL_DIGEST too, as tsqp pack prints it)
+endif
+
 space := $(subst ,, )
 # Which form of the model a program reads: the packed enclave part, or a Hugging Face directory.
 plain  = $(if $(and $(filter serve,$(ROLE_$1)),$(filter masked verified,$(LEVEL))),packed,plain)
@@ -49,7 +55,7 @@ model  = $(MODELS)/$(call kind,$1)/$(MODEL_NAME)
 level_of = $(if $(filter serve,$(ROLE_$1)),$(LEVEL),$(if $(filter runner,$(ROLE_$1)),open,local))
 
 defines = '-Drole=$(ROLE_$1)' '-Dprogram=$(PROGRAM_$1)' '-Dscript=$(SCRIPT_$1)' '-Dargs=$(ARGS)' \
-  '-Druntime=$(RUNTIME)' '-Dmodel=$(call model,$1)' '-Dmodel_name=$(MODEL_NAME)' '-Dmodel_key=$(MODEL_KEY)' \
+  '-Druntime=$(RUNTIME)' '-Dmodel=$(call model,$1)' '-Dmodel_name=$(MODEL_NAME)' '-Dmodel_key=$(MODEL_KEY)' '-Dmodel_digest=$(MODEL_DIGEST)' \
   '-Ddtype=$(DTYPE)' '-Dlevel=$(LEVEL)' '-Dserves=$(SERVES)' '-Dworker_keys=$(WORKER_KEYS)' \
   '-Ddealer_keys=$(DEALER_KEYS)' '-Dapi_keys=$(API_KEYS)' '-Dshm=$(SHM)' '-Dattestation=$(ATTESTATION)' \
   '-Dthreads=$(THREADS)' '-Domp_wait_policy=$(OMP_WAIT_POLICY)' '-Dedmm=$(EDMM)' '-Disvsvn=$(ISV_SVN)' \

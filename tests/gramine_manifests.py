@@ -28,6 +28,7 @@ DEFAULTS = {
     "model": "models/packed/tiny",
     "model_name": "tiny",
     "model_key": "",
+    "model_digest": "",
     "dtype": "float32",
     "level": "masked",
     "serves": "open",
@@ -62,7 +63,7 @@ MANIFESTS: dict[str, dict[str, str]] = {
     "serve verified": {"level": "verified"},
     "serve local": {"level": "local"},
     "serve with EDMM": {"edmm": "1"},
-    "serve an encrypted model": {"model_key": "model"},
+    "serve an encrypted model": {"model_key": "model", "model_digest": "ab" * 32},
     "serve attested": {"attestation": "gramine"},
 }
 

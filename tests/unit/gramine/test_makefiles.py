@@ -164,6 +164,12 @@ def test_a_secret_key_is_refused(variable: str, file: str, checkout: Path, tools
     assert "secret keys do not belong into a manifest" in done.stderr
 
 
+def test_an_encrypted_model_needs_its_digest(checkout: Path, tools: Path) -> None:
+    done = make(checkout, "gramine", "MODEL_KEY=model", tools=tools)
+    assert done.returncode != 0
+    assert "an encrypted model is not measured: give MODEL_DIGEST too" in done.stderr
+
+
 def test_clean_and_distclean_leave_what_was_there(checkout: Path, tools: Path) -> None:
     before = {path.name for path in (checkout / "gramine").iterdir()}
     make(checkout, "gramine", "SGX=1", tools=tools)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gramine_manifests import (
     DEALERS,
+    DEFAULTS,
     MANIFESTS,
     RUNNER,
     RUNTIMEDIR,
@@ -111,12 +112,20 @@ def all_settings(inside: dict[str, str]) -> tuple[EnclaveConfig, EngineConfig, S
 
 @every_manifest
 def test_every_variable_is_a_setting(name: str) -> None:
-    """The engine refuses unknown ones. Attestation has settings of its own, which are not there yet."""
-    inside = settings_of(parsed(**{**MANIFESTS[name], "attestation": ""}))
-    all_settings(inside)
+    """The engine refuses unknown ones."""
+    all_settings(settings_of(parsed(**MANIFESTS[name])))
     known = {entry.metadata["env"] for kind in KINDS for entry in dataclasses.fields(kind)} | {"TSQP_CACHE"}
     ours = {name for name in parsed(**MANIFESTS[name])["loader"]["env"] if name.startswith(("TSQP_", "LLAMA_"))}
-    assert ours - known <= {"TSQP_ATTESTATION"}
+    assert ours <= known
+
+
+def test_which_model_it_is_is_measured() -> None:
+    """As a hash of each of its files, or by its digest where they are encrypted."""
+    plain, encrypted = parsed(), parsed(**MANIFESTS["serve an encrypted model"])
+    assert is_trusted(plain, f"file:{DEFAULTS['model']}")
+    assert "TSQP_MODEL_DIGEST" not in measured(plain)
+    assert not is_trusted(encrypted, f"file:{DEFAULTS['model']}")
+    assert measured(encrypted)["TSQP_MODEL_DIGEST"] == "ab" * 32
 
 
 HOSTILE = {
