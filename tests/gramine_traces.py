@@ -15,14 +15,14 @@ from pathlib import Path
 STRACE = shutil.which("strace")
 # They come thousands of times and are in Gramine's table.
 _USUAL = (
-    *("futex", "mmap", "munmap", "madvise", "mprotect", "read", "write", "lseek", "close", "brk", "clock_gettime"),
+    *("futex", "munmap", "madvise", "mprotect", "read", "write", "lseek", "close", "brk", "clock_gettime"),
     *("fstat", "newfstatat", "rt_sigaction", "rt_sigprocmask", "poll", "pread64", "sched_yield", "getrandom", "ioctl"),
     *("epoll_wait", "clock_nanosleep", "getpid", "gettid", "sendto", "recvfrom", "readlink", "getcwd", "getdents64"),
 )
 _CALL = re.compile(r"^\d+ +(\w+)\((.*)$")
 _UNFINISHED = re.compile(r"^(\d+) +(\w+)\((.*) <unfinished \.\.\.>$")
 _RESUMED = re.compile(r"^(\d+) +<\.\.\. (\w+) resumed>(.*)$")
-_OPENED = re.compile(r'^(?:AT_FDCWD, )?"((?:[^"\\]|\\.)*)", ([A-Z_|0-9x]+).*\) += \d+')
+_OPENED = re.compile(r'^(?:AT_FDCWD(?:<[^>]*>)?, )?"((?:[^"\\]|\\.)*)", ([A-Z_|0-9x]+).*\) += \d+')
 
 
 @dataclass
@@ -81,6 +81,7 @@ def traced(
         "-f",
         "-qq",
         "--seccomp-bpf",
+        "-y",
         "-s",
         "300",
         "-o",

@@ -1,7 +1,7 @@
-"""Reads tensors of a Hugging Face directory, one at a time, with plain safetensors: no pickle, no code from the model.
+"""Reads tensors of a Hugging Face directory, one at a time, from plain safetensors: no pickle, no code from the model.
 
-The file is mapped anew for every tensor and unmapped right after, so that loading holds the weights in their final
-form and one tensor's file pages, not the weights twice.
+Bytes are read where a file's header says, and nothing is mapped: loading holds the weights in their final form and one
+tensor as it is stored, not the weights twice, also within Gramine, where a mapping is read whole.
 """
 
 from __future__ import annotations
@@ -11,17 +11,33 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from safetensors import SafetensorError, safe_open
+import msgspec
+import torch
+from msgspec import Meta
 from torch import Tensor
 
 from tsqp.errors import UnsupportedModelError, WeightsError
+from tsqp.model.tensor_file import DTYPES, bytes_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # 16 MiB as float32; while one is quantised there are some four of them.
 _BLOCK_ELEMENTS = 1 << 22
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+_LENGTH_BYTES = 8
+# The format's own limit.
+_MAX_HEADER_BYTES = 100_000_000
+_Natural = Annotated[int, Meta(ge=0, le=1 << 62)]
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """One tensor in a header."""
+
+    dtype: str
+    shape: Annotated[tuple[_Natural, ...], Meta(max_length=8)]
+    data_offsets: tuple[_Natural, _Natural]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +47,7 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 class Checkpoint:
@@ -71,19 +88,15 @@ class Checkpoint:
                 )
 
     def read(self, name: str) -> Tensor:
-        """Map one tensor. It keeps the whole file mapped while it lives: copy from it and drop it."""
-        stored = self.tensors[name]
-        try:
-            with safe_open(stored.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{stored.file}: cannot read tensor {name!r} ({error}).") from error
-        return tensor
+        """Read one tensor, which ``require`` has named, as it is stored.
+
+        Raises:
+            WeightsError: the file cannot be read.
+        """
+        return self._read(name, self.tensors[name].shape, 0)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor in blocks of whole rows, some 16 MB of float32 each, so that memory does not grow with it.
-
-        The file is opened anew for each: pages that a mapping has touched stay as long as it does.
 
         Raises:
             WeightsError: the file cannot be read.
@@ -92,16 +105,33 @@ class Checkpoint:
         rows = stored.shape[0] if stored.shape else 0
         step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(stored.shape[1:])))
         for first in range(0, rows, step):
-            try:
-                with safe_open(stored.file, framework="pt") as file:
-                    block: Tensor = file.get_slice(name)[first : first + step]
-            except (SafetensorError, OSError) as error:
-                raise WeightsError(f"{stored.file}: cannot read tensor {name!r} ({error}).") from error
-            yield block
+            yield self._read(name, (min(step, rows - first), *stored.shape[1:]), first * math.prod(stored.shape[1:]))
+
+    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
+        stored = self.tensors[name]
+        value = torch.empty(shape, dtype=DTYPES[stored.dtype])
+        content = bytes_of(value)
+        try:
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(stored.start + skipped * value.element_size())
+                done = 0
+                while done < len(content):
+                    count = file.readinto(content[done:])
+                    if not count:
+                        raise WeightsError(
+                            f"{stored.file}: cannot read tensor {name!r} (the file ends before it does)."
+                        )
+                    done += count
+        except OSError as error:
+            raise WeightsError(f"{stored.file}: cannot read tensor {name!r} ({error.strerror}).") from error
+        return value
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Copy one tensor into ``out``, which has its shape and may have another dtype or device."""
-        out.copy_(self.read(name))
+        first = 0
+        for block in self.blocks(name):
+            out[first : first + len(block)].copy_(block)
+            first += len(block)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -129,12 +159,26 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    tensors = {}
     try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
-                part = opened.get_slice(name)
-                tensors[name] = StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
-    except (SafetensorError, OSError) as error:
+        with file.open("rb") as opened:
+            size = file.stat().st_size
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            if not 0 < length <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+                raise WeightsError(f"{file} is not a complete safetensors file (its header is not there).")
+            raw = msgspec.json.decode(opened.read(length), type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)
+        entries = {name: msgspec.json.decode(part, type=_Entry) for name, part in raw.items()}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"{file} is not a complete safetensors file ({error}).") from error
-    return tensors
+    except OSError as error:
+        raise WeightsError(f"{file} is not a complete safetensors file ({error.strerror}).") from error
+    base = _LENGTH_BYTES + length
+    for name, entry in entries.items():
+        start, end = entry.data_offsets
+        known = DTYPES.get(entry.dtype)
+        if not start <= end <= size - base or (known and end - start != math.prod(entry.shape) * known.itemsize):
+            raise WeightsError(f"{file} is not a complete safetensors file (tensor {name!r} does not lie in it).")
+    return {
+        name: StoredTensor(file, entry.dtype, entry.shape, base + entry.data_offsets[0])
+        for name, entry in entries.items()
+    }
