@@ -17,10 +17,10 @@ from workers import StartWorker, running_worker
 
 from tsqp.model.locate import BUNDLED, bundled_file, locate, locate_packed
 
-# Property tests try the same inputs each time, so that a change is judged by what it changes. To look for more:
-# HYPOTHESIS_PROFILE=random .venv/bin/pytest.
-settings.register_profile("fixed", derandomize=True)
-settings.register_profile("random", derandomize=False)
+# Property tests try the same inputs each time, so that a change is judged by what it changes, and for as long as they
+# take: the machine may have other work. To look for more: HYPOTHESIS_PROFILE=random .venv/bin/pytest.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("random", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 logging.disable_progress_bar()
 # A shell starts what runs in the background with Ctrl-C ignored, and commands under test would inherit that.

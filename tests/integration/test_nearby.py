@@ -135,7 +135,7 @@ def test_serve_and_generate_look_for_shared_memory_too(
     tcp = f"localhost:{port}"
     with default_worker(model, port) as shm, ExitStack() as stack:
         for settings in (EngineConfig(workers=(tcp,)), EngineConfig()):
-            serve._loaded(replace(enclave, worker=tcp if key else None), settings, ServeConfig(), stack)
+            serve._loaded(replace(enclave, worker=tcp if key else None), settings, ServeConfig(), None, stack)
         (_, first), (second, _) = opened
         assert first.workers == ((tcp,) if key else (shm,))
         assert second.worker == tcp if key else second.worker not in (tcp, shm)
