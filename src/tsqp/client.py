@@ -93,7 +93,7 @@ def OpenAI(base_url: str, policy: Policy | str | Path, **options: Any) -> openai
     Args:
         base_url: ``https://HOST:PORT/v1``.
         policy: what is accepted, or the path of a file that says it.
-        options: of ``openai.OpenAI``, such as ``api_key``; without one none is sent.
+        options: of ``openai.OpenAI``, such as ``api_key``; without one the word ``none`` is sent, no variable's.
 
     Raises:
         As ``AttestedServer``; also SetupError where ``openai`` is not installed.

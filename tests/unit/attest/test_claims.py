@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,8 +66,6 @@ def test_what_is_no_claims_is_refused(raw: bytes) -> None:
 
 @given(st.sampled_from(["sgx", "tdx", "none"]), st.binary(max_size=200), st.binary(max_size=200))
 def test_evidence_survives_the_wire(tee: str, quote: bytes, claims: bytes) -> None:
-    import msgspec  # noqa: PLC0415
-
     sent = Evidence.of(tee, quote, claims)  # type: ignore[arg-type]  # one of three
     came = decode_evidence(msgspec.json.encode(sent))
     assert came == sent

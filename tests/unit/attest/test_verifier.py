@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import random
+import ssl
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dcap_qvl
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -168,8 +170,6 @@ def test_a_quote_of_another_connection_question_or_claim_is_refused(
 
 
 def replace_claims(**changed: Any) -> bytes:
-    import msgspec  # noqa: PLC0415
-
     return msgspec.structs.replace(CLAIMS, **changed).encode()
 
 
@@ -306,8 +306,6 @@ def test_files_that_are_no_collateral_or_root_are_refused(policies: dict[str, Po
 
 
 def test_a_root_may_be_pem(tmp_path: Path) -> None:
-    import ssl  # noqa: PLC0415
-
     (tmp_path / "root.pem").write_text(ssl.DER_cert_to_PEM_cert(AUTHORITY.root_der))
     assert read_root(tmp_path / "root.pem") == AUTHORITY.root_der
 
