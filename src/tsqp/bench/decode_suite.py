@@ -240,11 +240,13 @@ def _parts(child: Child, ask: DecodeAsk) -> StepParts:
     overheads = [overhead_s(sample) for sample in samples]
     median_s = statistics.median(overheads)
     one = min(samples, key=lambda sample: abs(overhead_s(sample) - median_s))
+    # The engine counts a step once its tokens are told: its waiting is of as many steps, begun and ended one earlier.
+    waited_s = min(one.waited_s, one.products_s)
     seconds = {
         "step_s": one.total_s,
         "products_s": one.products_s,
-        "worker_s": min(one.worker_s, one.waited_s),
-        "wire_s": max(0.0, one.waited_s - one.worker_s),
+        "worker_s": min(one.worker_s, waited_s),
+        "wire_s": max(0.0, waited_s - one.worker_s),
         "attention_s": one.attention_s,
         "between_s": one.computed_s - one.products_s - one.attention_s,
         "sampling_s": one.told_s,
