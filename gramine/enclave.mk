@@ -2,6 +2,9 @@
 # PROGRAM_<program>, SCRIPT_<program> and PRODUCT_<program>, and include this file. docs/gramine.md explains the parameters.
 HERE     := $(patsubst ./%,%,$(dir $(lastword $(MAKEFILE_LIST))))
 TEMPLATE := $(HERE)enclave.manifest.template
+# Older ones refuse keys of the manifest, or read them otherwise.
+GRAMINE      := 1.9
+INSTALLATION := https://gramine.readthedocs.io/en/stable/installation.html
 # Which interpreter's packages go into the enclave: one with TSQP, its extra "serve" and a CPU build of torch.
 PYTHON   ?= $(HERE)../.venv/bin/python
 # All paths are relative to the directory where the manifest lies and the program is started: MRENCLAVE depends on them.
@@ -13,6 +16,9 @@ MODEL_NAME      ?= $(patsubst %.gguf,%,$(notdir $(patsubst %/,%,$(MODEL))))
 # Of an encrypted mount: the key's name under /dev/attestation/keys. Its files are then in MODELS/encrypted/MODEL_NAME, put
 # there by whoever has the key, and ENCLAVE_SIZE and MAX_THREADS must be given.
 MODEL_KEY       ?=
+# Who asks for that key when the enclave starts: Gramine's secret provisioning, of a server whose certificate this file's
+# authority signed. Its address is SECRET_PROVISION_SERVERS.
+PROVISION_CA    ?=
 # The digest that the model must have; needed where it is encrypted, since trusted files are measured themselves.
 MODEL_DIGEST    ?=
 DTYPE           ?= float32
@@ -46,6 +52,10 @@ ifneq ($(and $(MODEL_KEY),$(if $(MODEL_DIGEST),,none)),)
 $(error an encrypted model is not measured: give MODEL_DIGEST too, as tsqp pack prints it)
 endif
 
+ifneq ($(and $(PROVISION_CA),$(if $(MODEL_KEY),,none)),)
+$(error PROVISION_CA is for the key of an encrypted model: give MODEL_KEY too, the name of that key)
+endif
+
 space := $(subst ,, )
 # Which form of the model a program reads: the packed enclave part, or a Hugging Face directory.
 plain  = $(if $(and $(filter serve,$(ROLE_$1)),$(filter masked verified,$(LEVEL))),packed,plain)
@@ -57,7 +67,7 @@ level_of = $(if $(filter serve,$(ROLE_$1)),$(LEVEL),$(if $(filter runner,$(ROLE_
 defines = '-Drole=$(ROLE_$1)' '-Dprogram=$(PROGRAM_$1)' '-Dscript=$(SCRIPT_$1)' '-Dargs=$(ARGS)' \
   '-Druntime=$(RUNTIME)' '-Dmodel=$(call model,$1)' '-Dmodel_name=$(MODEL_NAME)' '-Dmodel_key=$(MODEL_KEY)' '-Dmodel_digest=$(MODEL_DIGEST)' \
   '-Ddtype=$(DTYPE)' '-Dlevel=$(LEVEL)' '-Dserves=$(SERVES)' '-Dworker_keys=$(WORKER_KEYS)' \
-  '-Ddealer_keys=$(DEALER_KEYS)' '-Dapi_keys=$(API_KEYS)' '-Dshm=$(SHM)' '-Dattestation=$(ATTESTATION)' \
+  '-Ddealer_keys=$(DEALER_KEYS)' '-Dapi_keys=$(API_KEYS)' '-Dprovision_ca=$(PROVISION_CA)' '-Dshm=$(SHM)' '-Dattestation=$(ATTESTATION)' \
   '-Dthreads=$(THREADS)' '-Domp_wait_policy=$(OMP_WAIT_POLICY)' '-Dedmm=$(EDMM)' '-Disvsvn=$(ISV_SVN)' \
   '-Disvprodid=$(PRODUCT_$1)' '-Dlog_level=$(LOG_LEVEL)'
 
@@ -73,7 +83,11 @@ endif
 # Only what needs Gramine asks for it: everything else, such as make clean, works without.
 need-gramine:
 	@command -v gramine-manifest > /dev/null || { \
-	  echo "Gramine is not installed: install the package gramine, 1.9, as https://gramine.readthedocs.io/en/stable/installation.html says." >&2; \
+	  echo "Gramine is not installed: install the package gramine, $(GRAMINE) or later, as $(INSTALLATION) says." >&2; \
+	  exit 1; }
+	@found=$$(gramine-direct --version 2> /dev/null | grep -Eo '[0-9]+(\.[0-9]+)+' | head -n 1); \
+	test "$$(printf '%s\n' "$${found:-0}" $(GRAMINE) | sort -V | head -n 1)" = $(GRAMINE) || { \
+	  echo "Gramine $${found:-of an unknown version} is too old: this manifest needs $(GRAMINE) or later; upgrade the package gramine, as $(INSTALLATION) says." >&2; \
 	  exit 1; }
 
 # The interpreter and the packages that the enclave runs, in one directory and nothing else. Its mark lies beside it, since
@@ -98,7 +112,7 @@ $(MODELS)/plain/$(MODEL_NAME) $(MODELS)/packed/$(MODEL_NAME): $(if $(wildcard $(
 
 # Rendered under another name: what fails leaves no manifest that looks complete.
 define rules
-$1.manifest: $(TEMPLATE) $(RUNTIME).complete $(call model,$1) $(SCRIPT_$1) .build/$1.size $(WORKER_KEYS) $(DEALER_KEYS) $(API_KEYS) | need-gramine
+$1.manifest: $(TEMPLATE) $(RUNTIME).complete $(call model,$1) $(SCRIPT_$1) .build/$1.size $(WORKER_KEYS) $(DEALER_KEYS) $(API_KEYS) $(PROVISION_CA) | need-gramine
 	@gramine-manifest $$(call defines,$1) $$$$(cat .build/$1.size) $(TEMPLATE) $$@.part
 	@mv $$@.part $$@
 	@echo "$1.manifest: run it with gramine-direct ./$1"

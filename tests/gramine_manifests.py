@@ -35,6 +35,7 @@ DEFAULTS = {
     "worker_keys": "",
     "dealer_keys": "",
     "api_keys": "",
+    "provision_ca": "",
     "shm": "",
     "attestation": "",
     "threads": "4",
@@ -64,6 +65,7 @@ MANIFESTS: dict[str, dict[str, str]] = {
     "serve local": {"level": "local"},
     "serve with EDMM": {"edmm": "1"},
     "serve an encrypted model": {"model_key": "model", "model_digest": "ab" * 32},
+    "serve with a provisioned key": {"model_key": "model", "model_digest": "ab" * 32, "provision_ca": "ca.crt"},
     "serve attested": {"attestation": "gramine"},
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tsqp.errors import UnsupportedModelError, WeightsError
+from tsqp.model.reading import reading
 
 EMBEDDING_MODULE = "model.embed_tokens"
 HEAD_MODULE = "lm_head"
@@ -147,13 +148,15 @@ def read_config(directory: Path) -> LlamaConfig:
         UnsupportedModelError: another architecture, or an option TSQP does not compute.
     """
     path = directory / "config.json"
+    with reading(path):
+        if not path.exists():
+            raise WeightsError(
+                f"{directory} has no config.json: expected a Hugging Face model directory or a .gguf file."
+            )
+        content = path.read_bytes()
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(
-            f"{directory} has no config.json: expected a Hugging Face model directory or a .gguf file."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
+        raw = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(raw, dict):
         raise WeightsError(f"{path}: expected a JSON object.")

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from tsqp.errors import WeightsError
+from tsqp.model.reading import reading
 from tsqp.model.tensor_file import read_small
 
 FORMAT: Final = "tsqp-packed-1"
@@ -103,11 +104,12 @@ def codes_digest(groups: Iterable[tuple[str, int, int, str]]) -> str:
 
 def is_packed(directory: Path) -> bool:
     """Tell whether a directory is a packed model, or one side of it: its ``enclave/`` or its ``worker/``."""
-    if (directory / ENCLAVE / MANIFEST).is_file() or any((directory / WORKER).glob("*.safetensors")):
-        return True
-    if (directory / MANIFEST).is_file() and (directory / STATE).is_file():
-        return True
-    return (directory / HEAD).is_file() and not (directory / CONFIG).exists()
+    with reading(directory):
+        if (directory / ENCLAVE / MANIFEST).is_file() or any((directory / WORKER).glob("*.safetensors")):
+            return True
+        if (directory / MANIFEST).is_file() and (directory / STATE).is_file():
+            return True
+        return (directory / HEAD).is_file() and not (directory / CONFIG).exists()
 
 
 def enclave_directory(directory: Path) -> Path:
@@ -116,9 +118,10 @@ def enclave_directory(directory: Path) -> Path:
     Raises:
         WeightsError: there is none.
     """
-    for candidate in (directory / ENCLAVE, directory):
-        if (candidate / MANIFEST).is_file():
-            return candidate
+    with reading(directory):
+        for candidate in (directory / ENCLAVE, directory):
+            if (candidate / MANIFEST).is_file():
+                return candidate
     raise WeightsError(
         f"{directory} has no {ENCLAVE}/{MANIFEST}: expected the directory that 'tsqp pack' wrote, or its {ENCLAVE}/."
     )

@@ -21,6 +21,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from tsqp.errors import WeightsError
+from tsqp.model.reading import reading
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -70,13 +71,10 @@ def read_header(path: Path) -> Header:
     Raises:
         WeightsError: the file cannot be read, or is not a complete safetensors file of known dtypes.
     """
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = _header_length(file.read(_LENGTH_BYTES), size, path)
-            return _parse(file.read(length), size, path)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}.") from error
+    with reading(path), path.open("rb") as file:
+        size = path.stat().st_size
+        length = _header_length(file.read(_LENGTH_BYTES), size, path)
+        return _parse(file.read(length), size, path)
 
 
 def _header_length(prefix: bytes, size: int, path: Path) -> int:
@@ -119,12 +117,9 @@ def read_tensor(path: Path, place: Place) -> tuple[Tensor, str]:
         WeightsError: the file cannot be read or has become shorter.
     """
     value = torch.empty(place.shape, dtype=DTYPES[place.dtype])
-    try:
-        with path.open("rb") as file:
-            file.seek(place.start)
-            digest = _fill(file, value.view(-1).view(torch.uint8), path)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}.") from error
+    with reading(path), path.open("rb") as file:
+        file.seek(place.start)
+        digest = _fill(file, value.view(-1).view(torch.uint8), path)
     return value, digest
 
 
@@ -141,15 +136,12 @@ def read_all(path: Path, limit_bytes: int) -> tuple[Tensor, str]:
     Raises:
         WeightsError: it cannot be read, is empty or is larger than ``limit_bytes``.
     """
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if not 0 < size <= limit_bytes:
-                raise WeightsError(f"{path} has {size} bytes; expected 1 to {limit_bytes}. Pack the model again.")
-            content = torch.empty(size, dtype=torch.uint8)
-            return content, _fill(file, content, path)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}.") from error
+    with reading(path), path.open("rb") as file:
+        size = path.stat().st_size
+        if not 0 < size <= limit_bytes:
+            raise WeightsError(f"{path} has {size} bytes; expected 1 to {limit_bytes}. Pack the model again.")
+        content = torch.empty(size, dtype=torch.uint8)
+        return content, _fill(file, content, path)
 
 
 def read_small(path: Path, limit_bytes: int) -> tuple[bytes, str]:
@@ -176,12 +168,9 @@ def file_digest(path: Path) -> str:
         WeightsError: it cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}.") from error
+    with reading(path), path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer as _Tokenizer
 
 from tsqp.errors import InputError, WeightsError
+from tsqp.model.reading import reading
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER_CONFIG, _CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -107,14 +108,12 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         WeightsError: there is none, or it is no tokenizer.
     """
     path = directory / "tokenizer.json"
-    try:
+    with reading(path):
+        if not path.exists():
+            raise WeightsError(
+                f"{directory} has no tokenizer.json: it is needed for text prompts. Use --tokens without one."
+            )
         content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise WeightsError(
-            f"{directory} has no tokenizer.json: it is needed for text prompts. Use --tokens without one."
-        ) from error
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
     return Tokenizer(content, str(path), read_companions(directory))
 
 
@@ -141,11 +140,8 @@ def read_companions(directory: Path, expected: Mapping[str, str] | None = None) 
         path = directory / name
         if (expected is None and not path.exists()) or (expected is not None and name not in expected):
             continue
-        try:
-            with path.open("rb") as file:
-                content = file.read(_MAX_COMPANION_BYTES + 1)
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
+        with reading(path), path.open("rb") as file:
+            content = file.read(_MAX_COMPANION_BYTES + 1)
         if len(content) > _MAX_COMPANION_BYTES:
             raise WeightsError(f"{path} is larger than {_MAX_COMPANION_BYTES >> 20} MiB; the model's file is damaged.")
         digest = hashlib.sha256(content).hexdigest()

@@ -19,6 +19,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from tsqp.errors import UnsupportedModelError, WeightsError
+from tsqp.model.reading import reading
 from tsqp.model.tensor_file import DTYPES, bytes_of
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -136,14 +137,16 @@ class Checkpoint:
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX_NAME
-    if not index.exists():
-        single = directory / SINGLE_NAME
-        if not single.exists():
-            raise WeightsError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}: the weights are missing.")
-        return [single]
+    with reading(directory):
+        if not index.exists():
+            single = directory / SINGLE_NAME
+            if not single.exists():
+                raise WeightsError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}: the weights are missing.")
+            return [single]
+        listed = index.read_bytes()
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = sorted(set(json.loads(listed.decode())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} is not a safetensors index ({error}).") from error
     present = {entry.name for entry in directory.iterdir()}
     files = []
@@ -159,19 +162,18 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
+    with reading(file), file.open("rb") as opened:
+        size = file.stat().st_size
+        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        if not 0 < length <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+            raise WeightsError(f"{file} is not a complete safetensors file (its header is not there).")
+        header = opened.read(length)
     try:
-        with file.open("rb") as opened:
-            size = file.stat().st_size
-            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-            if not 0 < length <= min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
-                raise WeightsError(f"{file} is not a complete safetensors file (its header is not there).")
-            raw = msgspec.json.decode(opened.read(length), type=dict[str, msgspec.Raw])
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
         entries = {name: msgspec.json.decode(part, type=_Entry) for name, part in raw.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"{file} is not a complete safetensors file ({error}).") from error
-    except OSError as error:
-        raise WeightsError(f"{file} is not a complete safetensors file ({error.strerror}).") from error
     base = _LENGTH_BYTES + length
     for name, entry in entries.items():
         start, end = entry.data_offsets

@@ -38,19 +38,30 @@ print('{{"mr_enclave": "{MRENCLAVE}"}}')
 """
 
 
+VERSION = """
+import sys
+print("Gramine {version} (0123456789abcdef)" if sys.argv[1:] == ["--version"] else "Usage")
+"""
+
+
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     programs = {
         "gramine-manifest": MANIFEST.format(tests=str(ROOT / "tests")),
+        "gramine-direct": VERSION.format(version="1.9"),
         "gramine-sgx-sign": SIGN,
         "gramine-sgx-sigstruct-view": VIEW,
     }
     for name, text in programs.items():
-        (folder / name).write_text(f"#!{sys.executable}\n{text}", encoding="utf-8")
-        (folder / name).chmod(0o755)
+        write_program(folder / name, text)
     return folder
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!{sys.executable}\n{text}", encoding="utf-8")
+    path.chmod(0o755)
 
 
 @pytest.fixture
@@ -133,6 +144,25 @@ def test_without_gramine_one_sentence_says_how_to_get_it(checkout: Path) -> None
     assert make(checkout, "tee_gpu", "clean").returncode == 0
 
 
+@pytest.mark.parametrize(("version", "named"), [("1.8", "1.8"), ("1.3.1", "1.3.1"), ("x", "of an unknown version")])
+def test_a_gramine_that_is_too_old_is_named_and_makes_nothing(
+    version: str, named: str, checkout: Path, tools: Path
+) -> None:
+    write_program(tools / "gramine-direct", VERSION.format(version=version))
+    done = make(checkout, "tee_gpu", tools=tools)
+    assert done.returncode != 0
+    sentence, *rest = done.stderr.splitlines()
+    assert sentence.startswith(f"Gramine {named} is too old: this manifest needs 1.9 or later; upgrade")
+    assert all(line.startswith("make: ***") for line in rest)
+    assert not list((checkout / "tee_gpu").glob("*.manifest"))
+
+
+@pytest.mark.parametrize("version", ["1.9", "1.9.1", "1.10", "2.0"])
+def test_a_newer_gramine_is_taken(version: str, checkout: Path, tools: Path) -> None:
+    write_program(tools / "gramine-direct", VERSION.format(version=version))
+    assert make(checkout, "tee_only_llama", tools=tools).returncode == 0
+
+
 def test_signing_prints_the_measurement_and_needs_no_key_in_the_checkout(checkout: Path, tools: Path) -> None:
     done = make(checkout, "tee_gpu", "SGX=1", "SGX_SIGNER_KEY=/keys/mine.pem", tools=tools)
     assert done.returncode == 0, done.stderr
@@ -168,6 +198,20 @@ def test_an_encrypted_model_needs_its_digest(checkout: Path, tools: Path) -> Non
     done = make(checkout, "gramine", "MODEL_KEY=model", tools=tools)
     assert done.returncode != 0
     assert "an encrypted model is not measured: give MODEL_DIGEST too" in done.stderr
+
+
+def test_a_key_that_is_provisioned_is_that_of_an_encrypted_model(checkout: Path, tools: Path) -> None:
+    (checkout / "gramine" / "ca.crt").touch()
+    done = make(checkout, "gramine", "PROVISION_CA=ca.crt", tools=tools)
+    assert done.returncode != 0
+    assert "PROVISION_CA is for the key of an encrypted model: give MODEL_KEY too" in done.stderr
+    shutil.copytree(checkout / "gramine" / "models" / "packed", checkout / "gramine" / "models" / "encrypted")
+    given = ("PROVISION_CA=ca.crt", "MODEL_KEY=model", f"MODEL_DIGEST={'ab' * 32}")
+    done = make(checkout, "gramine", *given, tools=tools)
+    assert done.returncode == 0, done.stderr
+    manifest = loads((checkout / "gramine" / "serve.manifest").read_text(encoding="utf-8"))
+    assert "file:ca.crt" in manifest["sgx"]["trusted_files"]
+    assert measured(manifest)["SECRET_PROVISION_SET_KEY"] == "model"
 
 
 def test_clean_and_distclean_leave_what_was_there(checkout: Path, tools: Path) -> None:

@@ -12,6 +12,7 @@ from gramine_manifests import (
     DEALERS,
     DEFAULTS,
     MANIFESTS,
+    ROOT,
     RUNNER,
     RUNTIMEDIR,
     TEMPLATE,
@@ -37,6 +38,7 @@ from tsqp.transport.keys import ephemeral
 ADDRESSES = {
     "LLAMA_GPU_ENDPOINT",
     "LLAMA_GPU_PORT",
+    "SECRET_PROVISION_SERVERS",
     "TSQP_DEALERS",
     "TSQP_HOST",
     "TSQP_LISTEN",
@@ -140,6 +142,8 @@ HOSTILE = {
     "TSQP_PADDING": "off",
     "LLAMA_MODEL_PATH": "/hostile/model",
     "LD_PRELOAD": "/hostile/evil.so",
+    "SECRET_PROVISION_SET_KEY": "other",
+    "SECRET_PROVISION_CA_CHAIN_PATH": "/hostile/ca.crt",
     "PYTHONPATH": "/hostile",
     "TSQP_WORKERS": "a:1,b:1",
 }
@@ -232,6 +236,29 @@ def test_an_encrypted_model_is_not_trusted_and_its_key_is_not_in_the_manifest() 
     (mount,) = (mount for mount in manifest["fs"]["mounts"] if mount["path"] == "/models/tiny")
     assert (mount["type"], mount["key_name"]) == ("encrypted", "model")
     assert not is_trusted(manifest, mount["uri"])
+
+
+def test_who_may_give_the_key_of_an_encrypted_model_is_measured_and_its_address_is_not() -> None:
+    manifest = parsed(**MANIFESTS["serve with a provisioned key"])
+    inside = measured(manifest)
+    assert inside["SECRET_PROVISION_SET_KEY"] == "model"
+    assert inside["SECRET_PROVISION_CONSTRUCTOR"] == "1"
+    assert inside["LD_PRELOAD"] == "libsecret_prov_attest.so"
+    (mount,) = (m for m in manifest["fs"]["mounts"] if m["path"] == inside["SECRET_PROVISION_CA_CHAIN_PATH"])
+    assert is_trusted(manifest, mount["uri"])
+    assert "SECRET_PROVISION_SERVERS" in passed_through(manifest)
+    assert "LD_PRELOAD" not in parsed()["loader"]["env"]
+
+
+def test_the_list_in_the_docs_names_every_manifest() -> None:
+    text = (
+        (ROOT / "docs" / "gramine.md")
+        .read_text(encoding="utf-8")
+        .partition("## Rendered manifests")[2]
+        .partition("\n## ")[0]
+    )
+    rows = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+    assert rows == list(MANIFESTS)
 
 
 @every_manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,28 @@ def test_what_is_packed_opens_from_either_path(packed: Path, tmp_path: Path) -> 
     assert is_packed(tmp_path / "codes-only")
     assert is_packed(tmp_path / "inside")
     assert not is_packed(packed)
+
+
+@pytest.mark.parametrize("gramine", [True, False])
+def test_a_file_that_is_refused_is_named_and_in_gramine_the_key_is_suspected(
+    gramine: bool, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of an encrypted mount whose key is wrong is refused when it is looked for (Gramine's pf_open: EACCES)."""
+    if gramine:
+        monkeypatch.setattr("tsqp.model.reading._GRAMINE_KEYS", tmp_path)
+
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if path.is_relative_to(packed) and path.suffix == ".json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    for reading in (is_packed, read_manifest, open_enclave):
+        with pytest.raises(WeightsError, match=r"cannot read .*manifest\.json: Permission denied\.") as refusal:
+            reading(packed)
+        assert ("no key for it" in str(refusal.value)) == gramine
 
 
 def test_everything_is_there_in_its_type(packed: Path) -> None:
