@@ -23,9 +23,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tsqp.attest.claims import NONCE_BYTES
 from tsqp.attest.evidence import MAX_EVIDENCE_BYTES, Evidence, decode_evidence
 from tsqp.attest.policy import Policy, read_policy
-from tsqp.errors import ConfigError, EvidenceError, InternalError, NoTeeError, SetupError, TransportError
+from tsqp.errors import ConfigError, EvidenceError, InternalError, NoTeeError, SetupError, TransportError, printable
 from tsqp.reports import VerifyReport
-from tsqp.wire.codec import printable
 
 if TYPE_CHECKING:
     import openai

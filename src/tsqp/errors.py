@@ -5,6 +5,8 @@ Messages are sentences for people: what was expected, what came, what to do. The
 
 from __future__ import annotations
 
+_MAX_SHOWN = 512
+
 
 class TsqpError(Exception):
     """Root of all errors raised on purpose. ``exit_code`` is what the command line ends with."""
@@ -143,3 +145,9 @@ class ExactnessError(InternalError):
 
 class MaskReuseError(InternalError):
     """A mask row would be used twice."""
+
+
+def printable(text: str) -> str:
+    """Make text that may come from a peer fit for a terminal: short, and without control characters."""
+    shown = "".join(character if character.isprintable() else "?" for character in text[:_MAX_SHOWN])
+    return shown if len(text) <= _MAX_SHOWN else f"{shown}..."

@@ -16,7 +16,7 @@ from tsqp.config import EXACT_LEVELS, EnclaveConfig
 from tsqp.enclave.codes import DirectoryCodes, read_codes
 from tsqp.enclave.connect import Peer, Wrap, connect, meet
 from tsqp.enclave.dealers import check_dealers, dealer_peers
-from tsqp.errors import ConfigError, InputError, ModelMismatchError
+from tsqp.errors import ConfigError, InputError, ModelMismatchError, printable
 from tsqp.loaded import OnStep, Runnable, Stepper, cutting, shares_cores, step_groups, taking_turns
 from tsqp.meter import Meter
 from tsqp.model.architecture import LlamaConfig, read_config, weight_shapes
@@ -234,7 +234,7 @@ def require_digest(model: Model, expected: str | None, on_step: OnStep = lambda 
     found = digest_of(model, on_step)
     if found != expected.lower():
         raise ModelMismatchError(
-            f"the model in {model.directory} has the digest {found}, not {codec.printable(expected)} "
+            f"the model in {model.directory} has the digest {found}, not {printable(expected)} "
             "(TSQP_MODEL_DIGEST): it is another model, or it was changed."
         )
 

@@ -8,6 +8,8 @@ import json
 import pickle
 import socket
 import ssl
+import subprocess
+import sys
 import tempfile
 import threading
 import urllib.request
@@ -45,6 +47,7 @@ from tsqp.errors import (
 )
 from tsqp.reports import ErrorReport, VerifyReport
 from tsqp.serve.attestation import Identity, claims_of
+from tsqp.serve.errors import ApiError
 from tsqp.serve.keys import new_key
 from tsqp.serve.server import check_exposure
 from tsqp.transport.keys import create, load_public
@@ -281,6 +284,41 @@ def test_a_platform_that_gives_no_quote_is_said(policy: Path) -> None:
     refused = pytest.raises(EvidenceError, match=r"gave no evidence: HTTP 503, .*no quote can be made now")
     with serving(own=identity(Broken())) as server, refused:
         client.AttestedServer(server.url, policy)
+
+
+def test_no_more_than_so_many_wait_for_a_quote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsqp.serve.attestation.MAX_ASKING", 2)
+    release = threading.Event()
+
+    class Slow(SyntheticAttester):
+        def quote(self, data: bytes) -> bytes:
+            release.wait(60)
+            return super().quote(data)
+
+    async def ask() -> list[bytes | BaseException]:
+        slow = identity(Slow())
+        slow.claim(claims_of(EnclaveConfig(level="local"), EngineConfig(), "ab" * 32))
+        asking = [asyncio.create_task(slow.evidence("0" * 64)) for _ in range(3)]
+        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        release.set()
+        await asyncio.gather(*asking, return_exceptions=True)
+        return [*await asyncio.gather(*asking, return_exceptions=True), await slow.evidence("1" * 64)]
+
+    first, second, third, later = asyncio.run(ask())
+    assert isinstance(third, ApiError)
+    assert (third.status, third.code) == (503, "no_quote")
+    assert "2 others wait" in str(third)
+    assert all(isinstance(each, bytes) for each in (first, second, later))
+
+
+def test_a_client_needs_no_torch() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", "import sys, tsqp.client, tsqp.cli.verify; print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == "False\n"
 
 
 def test_claims_are_the_settings_that_the_server_runs_with(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from tsqp.attest.policy import Policy
-from tsqp.errors import CollateralError, TransportError
-from tsqp.wire.codec import printable
+from tsqp.errors import CollateralError, TransportError, printable
 
 _MAX_FILE_BYTES = 4 << 20
 _PCCS_TIMEOUT_S = 30.0

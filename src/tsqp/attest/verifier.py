@@ -27,8 +27,8 @@ from tsqp.errors import (
     QuoteError,
     ReportDataError,
     TcbStatusError,
+    printable,
 )
-from tsqp.wire.codec import printable
 
 # Of an SGX enclave's attributes, and of a TDX guest's; the guest's are a group of which none may be set.
 _SGX_DEBUG = 0x02

@@ -18,6 +18,7 @@ from tsqp.errors import (
     ModelMismatchError,
     ProtocolError,
     TransportTimeoutError,
+    printable,
 )
 from tsqp.meter import Meter
 from tsqp.model.architecture import LinearGroup
@@ -297,8 +298,8 @@ def check_peer(welcome: messages.Welcome, expected: Expected, peer: str) -> None
         )
     if welcome.model_digest != expected.digest:
         raise ModelMismatchError(
-            f"the {_role(welcome)} at {peer} holds model {codec.printable(welcome.model)!r} "
-            f"(digest {codec.printable(welcome.model_digest[:12])}), "
+            f"the {_role(welcome)} at {peer} holds model {printable(welcome.model)!r} "
+            f"(digest {printable(welcome.model_digest[:12])}), "
             f"this side expects digest {expected.digest[:12]}: start both with the same model."
         )
     if welcome.dtype != expected.dtype:
@@ -324,6 +325,6 @@ def _role(welcome: messages.Welcome) -> str:
 
 
 def _failure(reply: Failure, operation: str, peer: str) -> Exception:
-    text = f"{operation} failed at the {peer}: {codec.printable(reply.message)}"
+    text = f"{operation} failed at the {peer}: {printable(reply.message)}"
     kinds: dict[str, type[Exception]] = {"memory": DeviceMemoryError, "input": InputError, "internal": InternalError}
     return kinds.get(reply.code, ProtocolError)(text)

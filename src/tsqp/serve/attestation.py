@@ -26,6 +26,8 @@ from tsqp.transport.keys import load_public
 
 # The key lives as long as the process, whose clock the host sets: the certificate's dates mean nothing.
 _NOT_BEFORE, _NOT_AFTER = (dt.datetime(year, 1, 1, tzinfo=dt.timezone.utc) for year in (2020, 2049))
+# How many may ask at once.
+MAX_ASKING = 64
 _NONCE = re.compile(f"[0-9a-f]{{{2 * NONCE_BYTES}}}")
 
 
@@ -43,8 +45,9 @@ class Identity:
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         self._claims: bytes | None = None
-        # A quote takes milliseconds of the platform's time, and anybody may ask: one at a time.
+        # A quote takes milliseconds of the platform's time, and anybody may ask: one at a time, and few in line.
         self._turn = asyncio.Lock()
+        self._asking = 0
 
     def __repr__(self) -> str:
         return f"Identity({self._attester.tee}, key not shown)"
@@ -95,7 +98,7 @@ class Identity:
             nonce: 64 hexadecimal digits, of the asker's choice.
 
         Raises:
-            ApiError: 400 no such nonce; 503 the platform gives no quote now.
+            ApiError: 400 no such nonce; 503 the platform gives no quote now, or too many wait for theirs.
         """
         if nonce is None or not _NONCE.fullmatch(nonce):
             raise ApiError(
@@ -107,11 +110,16 @@ class Identity:
         if self._claims is None:
             raise InternalError("a server was asked for evidence before it had said what it stands by.")
         data = report_data(self._public_key, bytes.fromhex(nonce), self._claims)
-        async with self._turn:
-            try:
+        if self._asking >= MAX_ASKING:
+            raise ApiError(503, f"{MAX_ASKING} others wait for their quotes: ask again in a moment.", code="no_quote")
+        self._asking += 1
+        try:
+            async with self._turn:
                 quote = await asyncio.to_thread(self._attester.quote, data)
-            except SetupError as error:
-                raise ApiError(503, f"no quote can be made now: {error}", code="no_quote") from error
+        except SetupError as error:
+            raise ApiError(503, f"no quote can be made now: {error}", code="no_quote") from error
+        finally:
+            self._asking -= 1
         return msgspec.json.encode(Evidence.of(self._attester.tee, quote, self._claims))
 
 

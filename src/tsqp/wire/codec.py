@@ -16,7 +16,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from tsqp.errors import ProtocolError
+from tsqp.errors import ProtocolError, printable
 from tsqp.wire import messages
 from tsqp.wire.messages import AnyReply, AnyRequest, Envelope, TensorSpec
 
@@ -24,7 +24,6 @@ MAX_REQUEST_HEADER_BYTES = 4096
 MAX_REPLY_HEADER_BYTES = 1 << 22
 MAX_REQUEST_TENSORS = 2
 _MAX_ELEMENTS = 1 << 60
-_MAX_SHOWN = 512
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -91,12 +90,6 @@ class RequestFrames(Struct, frozen=True):
 
     header: AnyRequest
     tensors: list[Tensor]
-
-
-def printable(text: str) -> str:
-    """Make text that may come from a peer fit for a terminal: short, and without control characters."""
-    shown = "".join(character if character.isprintable() else "?" for character in text[:_MAX_SHOWN])
-    return shown if len(text) <= _MAX_SHOWN else f"{shown}..."
 
 
 def dtype_name(dtype: torch.dtype) -> messages.DtypeName:

@@ -14,8 +14,8 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from tsqp.errors import ProtocolError
-from tsqp.wire.codec import Buffer, frame_of, printable, tensor_of
+from tsqp.errors import ProtocolError, printable
+from tsqp.wire.codec import Buffer, frame_of, tensor_of
 from tsqp.wire.messages import Dimension, DtypeName, Name, TensorSpec
 
 MAX_NAMES = 65536

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from tsqp import __version__
-from tsqp.errors import DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError
+from tsqp.errors import DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError, printable
 from tsqp.model.architecture import module_count
 from tsqp.transport.base import Incoming
 from tsqp.wire import codec, messages
@@ -50,7 +50,7 @@ class Dispatcher:
     def __init__(self, service: WorkerService, model: str, digest: str) -> None:
         self.service = service
         self._instance = os.urandom(16).hex()
-        self._model = codec.printable(Path(model).name)[: messages.MAX_NAME] or "model"
+        self._model = printable(Path(model).name)[: messages.MAX_NAME] or "model"
         self.digest = digest
         self._started = time.monotonic()
         self.requests: Counter[type[AnyRequest]] = Counter()

@@ -211,7 +211,7 @@ def test_a_key_that_is_provisioned_is_that_of_an_encrypted_model(checkout: Path,
     assert done.returncode == 0, done.stderr
     manifest = loads((checkout / "gramine" / "serve.manifest").read_text(encoding="utf-8"))
     assert "file:ca.crt" in manifest["sgx"]["trusted_files"]
-    assert measured(manifest)["SECRET_PROVISION_SET_KEY"] == "model"
+    assert measured(manifest)["SECRET_PROVISION_SET_KEY"] == "model"  # noqa: S105  a name
 
 
 def test_clean_and_distclean_leave_what_was_there(checkout: Path, tools: Path) -> None:

@@ -54,7 +54,7 @@ def test_what_is_packed_opens_from_either_path(packed: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("gramine", [True, False])
 def test_a_file_that_is_refused_is_named_and_in_gramine_the_key_is_suspected(
-    gramine: bool, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, gramine: bool
 ) -> None:
     """A file of an encrypted mount whose key is wrong is refused when it is looked for (Gramine's pf_open: EACCES)."""
     if gramine:
