@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("level", "requests", "environment"),
-    [("masked", 504, {}), ("masked", 252, TWO_GROUPS), ("verified", 252, NO_NATIVE), ("open", 252, {})],
+    [("masked", 252, {}), ("masked", 252, TWO_GROUPS), ("verified", 252, NO_NATIVE), ("open", 252, {})],
     ids=["masked", "masked, two groups", "verified, without native kernels", "open"],
 )
 def test_answers_are_those_of_requests_alone_and_nothing_is_left_behind(
