@@ -325,7 +325,7 @@ def test_only_what_the_manifest_lists_is_read(bundled_packed: Path, tmp_path: Pa
     with pytest.raises(WeightsError, match=r"tokenizer_config\.json of the packed model was changed"):
         read_companions(tmp_path, files)
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(WeightsError, match=r"tokenizer_config\.json cannot be read"):
+    with pytest.raises(WeightsError, match=r"cannot read .*tokenizer_config\.json: No such file"):
         read_companions(tmp_path, files)
 
 
