@@ -25,7 +25,7 @@ else:
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # Of whom it is, and the extras of pyproject.toml that it runs with. A dealer runs from the worker's container.
-EXTRAS: dict[str, tuple[str, ...]] = {"enclave": ("serve",), "worker": ()}
+EXTRAS: dict[str, tuple[str, ...]] = {"enclave": ("serve",), "worker": ("metrics",)}
 PYTHON = (3, 11)
 MACHINE = "x86_64"
 _PIN = re.compile(r"^(?P<pin>[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+) \\$", re.MULTILINE)

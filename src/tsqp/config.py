@@ -34,6 +34,8 @@ WORKER_LEVELS = ("open", *EXACT_LEVELS)
 SERVICES = ("auto", "open", "exact", "masks")
 # How a server proves what it is: by the TEE it is in, not at all, for development, or by a TEE of this kind.
 ATTESTATIONS = ("auto", "off", "none", "gramine", "tdx")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 DEFAULT_PORT = 50051
 DEALER_PORT = 50052
 DEFAULT_TOKENS = 1024
@@ -67,7 +69,8 @@ class WorkerConfig:
     of the same user know (``transport/nearby.py``); for a dealer port 50052 alone. ``key`` names the file of a secret
     key; None means links in clear. ``serves``: float products (``open``), exact products of int8 codes (``exact``), a
     dealer's mask products (``masks``), or by the model: ``exact`` for a packed one. ``cuda_graphs``: whether a GPU's
-    products that repeat are captured.
+    products that repeat are captured. ``metrics``: where Prometheus reads what it does, ``host:port``; None means
+    nowhere. ``log_level`` and ``log_format``: what is logged to standard error, and how (``tsqp/logs.py``).
     """
 
     SECTION: typing.ClassVar[str] = "worker"
@@ -82,6 +85,9 @@ class WorkerConfig:
     key: str | None = _setting(None, "TSQP_KEY")
     serves: str = _setting("auto", "TSQP_SERVES", choices=SERVICES)
     cuda_graphs: str = _setting("on", "TSQP_CUDA_GRAPHS", choices=("on", "off"))
+    metrics: str | None = _setting(None, "TSQP_METRICS")
+    log_level: str = _setting("info", "TSQP_LOG_LEVEL", choices=LOG_LEVELS)
+    log_format: str = _setting("text", "TSQP_LOG_FORMAT", choices=LOG_FORMATS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +163,7 @@ class ServeConfig:
     server makes its own TLS key. ``padding``: whether answers are padded to few sizes; None means at `masked`.
     ``max_requests``: generations by HTTP at once, above which clients are told to come back. ``max_choices``: prompts
     times ``n`` in one request. ``drain_s``: how long running requests may go on once the server is told to stop.
+    ``log_level`` and ``log_format`` as of a worker.
     """
 
     SECTION: typing.ClassVar[str] = "serve"
@@ -172,6 +179,8 @@ class ServeConfig:
     max_body_bytes: int = _setting(4 << 20, "TSQP_MAX_BODY_BYTES", limits=(1024, 1 << 32))
     max_requests: int = _setting(64, "TSQP_MAX_REQUESTS", limits=(1, 1 << 16))
     max_choices: int = _setting(128, "TSQP_MAX_CHOICES", limits=(1, 1 << 16))
+    log_level: str = _setting("info", "TSQP_LOG_LEVEL", choices=LOG_LEVELS)
+    log_format: str = _setting("text", "TSQP_LOG_FORMAT", choices=LOG_FORMATS)
     drain_s: float = _setting(30.0, "TSQP_DRAIN_S", limits=(0, _MAX_TIMEOUT_S))
 
 

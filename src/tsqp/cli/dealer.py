@@ -27,6 +27,11 @@ def dealer(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda:N.", show_default="cuda:0 where there is one")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT where Prometheus reads what it does.", show_default="nowhere")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object when ready.")] = False,
     exit_with_parent: Annotated[bool, typer.Option("--exit-with-parent", hidden=True)] = False,
 ) -> None:
@@ -41,5 +46,8 @@ def dealer(
         "device": device,
         "threads": threads,
         "key": key,
+        "metrics": metrics,
+        "log_level": log_level,
+        "log_format": log_format,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)

@@ -46,6 +46,11 @@ def worker(
     cuda_graphs: Annotated[
         str | None, typer.Option(help="on or off: capture a GPU's products that repeat.", show_default="on")
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="HOST:PORT where Prometheus reads what it does.", show_default="nowhere")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object when ready.")] = False,
     exit_with_parent: Annotated[bool, typer.Option("--exit-with-parent", hidden=True)] = False,
 ) -> None:
@@ -61,6 +66,9 @@ def worker(
         "dtype": dtype,
         "threads": threads,
         "key": key,
+        "metrics": metrics,
+        "log_level": log_level,
+        "log_format": log_format,
         "cuda_graphs": cuda_graphs,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)

@@ -83,7 +83,9 @@ def observe(running: RunningWorker, config: WorkerConfig) -> Observer:
     plain = running.worker.dispatcher
     tokenizer, table = _public(config, reads_ids=running.serves == "open")
     observer = Observer(running.serves, tokenizer, table)
-    running.worker.dispatcher = ObservedDispatcher(plain.service, config.model, plain.digest, observer)
+    observed = ObservedDispatcher(plain.service, config.model, plain.digest, observer)
+    observed.queue = plain.queue
+    running.worker.dispatcher = observed
     return observer
 
 

@@ -22,6 +22,8 @@ SEED_BYTES = 32
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 RequestId = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Dimension = Annotated[int, Meta(ge=0, le=MAX_DIMENSION)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 DtypeName = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
 # What a process answers: `open` float products, `exact` products modulo 2^32, `masks` a dealer's mask products.
 Service = Literal["open", "exact", "masks"]
@@ -184,16 +186,31 @@ class StateResult(Reply, frozen=True, tag="state"):
 
 
 class StatsResult(Reply, frozen=True, tag="stats"):
-    """Counters since the worker started: ``products`` that it computed, for ``product_requests`` together."""
+    """What the worker has done since it started and what it holds now; its own account, for display only.
 
-    uptime_s: float
-    requests: dict[Name, int]
-    errors: int
-    bytes_received: int
-    bytes_sent: int
-    compute_s: float
-    products: Annotated[int, Meta(ge=0)] = 0
-    product_requests: Annotated[int, Meta(ge=0)] = 0
+    ``products`` were computed for ``product_requests`` together, of ``rows`` rows, in ``compute_s`` seconds, of which
+    ``copy_s`` went on copies to its device and back. ``waiting`` requests of ``waiting_bytes`` wait to be computed, of
+    ``clients`` clients that are connected; ``refused`` counts what was turned away because others were served first.
+    ``device_memory_bytes`` is what is taken of its GPU, by whomever, or the resident memory of its process on a CPU,
+    and ``device_memory_total_bytes`` what there is.
+    """
+
+    uptime_s: Seconds
+    requests: Annotated[dict[Name, Count], Meta(max_length=64)]
+    errors: Count
+    bytes_received: Count
+    bytes_sent: Count
+    compute_s: Seconds
+    products: Count = 0
+    product_requests: Count = 0
+    rows: Count = 0
+    copy_s: Seconds = 0.0
+    clients: Count = 0
+    refused: Count = 0
+    waiting: Count = 0
+    waiting_bytes: Count = 0
+    device_memory_bytes: Count = 0
+    device_memory_total_bytes: Count = 0
 
 
 class Failure(Reply, frozen=True, tag="failure"):

@@ -59,6 +59,11 @@ class Queue:
         return len(self._waiting)
 
     @property
+    def size_bytes(self) -> int:
+        """What the requests hold while they wait."""
+        return self._bytes
+
+    @property
     def has_room(self) -> bool:
         """Whether another message may be taken in; the transport keeps the rest."""
         return len(self._waiting) < MAX_WAITING and self._bytes < MAX_WAITING_BYTES

@@ -21,8 +21,9 @@ from tsqp.model.architecture import module_count
 from tsqp.transport.base import Incoming
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Buffer
-from tsqp.wire.messages import AnyRequest, Failure, GroupSpec, Reply
-from tsqp.worker.batching import Waiting
+from tsqp.wire.messages import AnyRequest, Failure, GroupSpec
+from tsqp.worker.batching import Queue, Waiting
+from tsqp.worker.memory import device_memory
 from tsqp.worker.products import Product, Result, compute
 from tsqp.worker.services import WorkerService
 
@@ -45,21 +46,25 @@ class Dispatcher:
         service: computes the products.
         model: the name or path it was started with; clients are shown the last part.
         digest: the model's digest; of int8 codes, theirs.
+
+    Attributes:
+        queue: what waits to be computed, kept by the worker's loop.
     """
 
     def __init__(self, service: WorkerService, model: str, digest: str) -> None:
         self.service = service
+        self.queue = Queue()
         self._instance = os.urandom(16).hex()
         self._model = printable(Path(model).name)[: messages.MAX_NAME] or "model"
         self.digest = digest
         self._started = time.monotonic()
         self.requests: Counter[type[AnyRequest]] = Counter()
-        self.errors = self.bytes_received = self.bytes_sent = self.compute_ns = 0
-        self.products = self.product_requests = 0
+        self.errors = self.bytes_received = self.bytes_sent = self.compute_ns = self.copy_ns = 0
+        self.products = self.product_requests = self.rows = self.legacy = 0
         # What needs no product.
         self._answers: dict[type[AnyRequest], Callable[[int], list[Buffer]]] = {
-            messages.Hello: lambda request_id: [messages.encode(self._welcome(request_id))],
-            messages.Stats: lambda request_id: [messages.encode(self._stats(request_id))],
+            messages.Hello: lambda request_id: [messages.encode(self.welcome(request_id))],
+            messages.Stats: lambda request_id: [messages.encode(self.stats(request_id))],
             messages.State: self._state_reply,
         }
 
@@ -94,6 +99,12 @@ class Dispatcher:
             self._send(reply, self._failure(request_id, error))
         return None
 
+    def pass_on(self, incoming: Incoming, answer: Callable[[Sequence[Buffer]], list[Buffer]]) -> None:
+        """Have a message of the first protocol answered, and count it."""
+        self.legacy += 1
+        self.bytes_received += sum(map(len, incoming.frames))
+        self._send(incoming.reply, answer(incoming.frames))
+
     def finish(self, products: Sequence[Product]) -> None:
         """Reply to every request that these products answer."""
         for product in products:
@@ -103,7 +114,9 @@ class Dispatcher:
                 self._send(request.incoming.reply, self._result(request, outcome, times))
             self.products += 1
             self.product_requests += len(product.requests)
+            self.rows += sum(request.rows.count for request in product.requests if request.rows)
             self.compute_ns += product.compute_ns
+            self.copy_ns += product.copy_ns
 
     def _result(self, request: Waiting, outcome: Result | Exception, times: tuple[int, int, int]) -> list[Buffer]:
         if isinstance(outcome, Exception):
@@ -127,7 +140,8 @@ class Dispatcher:
         )
         return [messages.encode(reply), *map(codec.frame_of, state.values())]
 
-    def _welcome(self, request_id: int) -> Reply:
+    def welcome(self, request_id: int = 0) -> messages.Welcome:
+        """Return what a client is told of this worker."""
         service = self.service
         groups = tuple(
             GroupSpec(group.name, group.members, group.in_features, group.out_features)
@@ -147,17 +161,28 @@ class Dispatcher:
             wire_dtypes=service.wire_dtypes,
         )
 
-    def _stats(self, request_id: int) -> Reply:
+    def stats(self, request_id: int = 0) -> messages.StatsResult:
+        """Return the counters. Any thread may ask: the loop goes on meanwhile."""
+        requests = {kind.__name__.lower(): count for kind, count in list(self.requests.items())}
+        if self.legacy:
+            requests["legacy"] = self.legacy
+        used_bytes, total_bytes = device_memory(self.service.device)
         return messages.StatsResult(
             id=request_id,
             uptime_s=time.monotonic() - self._started,
-            requests={kind.__name__.lower(): count for kind, count in self.requests.items()},
+            requests=requests,
             errors=self.errors,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,
             compute_s=self.compute_ns / 1e9,
             products=self.products,
             product_requests=self.product_requests,
+            rows=self.rows,
+            copy_s=self.copy_ns / 1e9,
+            waiting=len(self.queue),
+            waiting_bytes=self.queue.size_bytes,
+            device_memory_bytes=used_bytes,
+            device_memory_total_bytes=total_bytes,
         )
 
     def _failure(self, request_id: int, error: Exception) -> list[Buffer]:

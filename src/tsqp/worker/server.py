@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tsqp.transport.base import Incoming, ServerTransport
 from tsqp.worker.ahead import WeightsAhead
-from tsqp.worker.batching import MAX_WAITING, Queue
+from tsqp.worker.batching import MAX_WAITING
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.legacy import LegacyDispatcher, refuse
 from tsqp.worker.products import CpuEngine, Engine
@@ -33,7 +33,7 @@ class Worker:
         )
         self._transport = transport
         self._engine = engine_for(service, cuda_graphs=cuda_graphs)
-        self._queue = Queue()
+        self._queue = dispatcher.queue
         self._stopping = False
         # For how many products in a row only one request was there.
         self._alone = 0
@@ -71,7 +71,7 @@ class Worker:
 
     def _admit(self, incoming: Incoming) -> None:
         if incoming.legacy:
-            incoming.reply(self._legacy(incoming.frames))
+            self.dispatcher.pass_on(incoming, self._legacy)
             return
         request = self.dispatcher.admit(incoming)
         if request:

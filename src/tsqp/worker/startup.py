@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +30,9 @@ from tsqp.wire.messages import Service
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.server import Worker
 from tsqp.worker.services import DealerService, ExactService, OpenService
+
+if TYPE_CHECKING:
+    from tsqp.worker.metrics import MetricsServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class RunningWorker:
     model: str
     digest: str
     public_key: str | None
+    metrics: MetricsServer | None
 
     def serve(self) -> None:
         """Answer requests until SIGINT or SIGTERM, or until the parent hangs up; then close."""
@@ -62,6 +68,8 @@ class RunningWorker:
             self.worker.serve()
         finally:
             self.transport.close()
+            if self.metrics:
+                self.metrics.close()
 
 
 def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None = None) -> RunningWorker:
@@ -88,12 +96,16 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
                 if key
                 else f"{endpoint} is open to the network, unencrypted: whoever reaches it can use and read it."
             )
-    transport = Server(endpoints, config.max_message_bytes, hangup_fd, key)
-    try:
+    with ExitStack() as opened:
+        transport = Server(endpoints, config.max_message_bytes, hangup_fd, key)
+        opened.callback(transport.close)
+        metrics = _metrics(config.metrics, progress)
+        if metrics:
+            opened.callback(metrics.close)
         dispatcher = _load(config, device, progress)
-    except BaseException:
-        transport.close()
-        raise
+        opened.pop_all()
+    if metrics:
+        metrics.show(dispatcher)
     return RunningWorker(
         worker=Worker(dispatcher, transport, cuda_graphs=config.cuda_graphs == "on"),
         transport=transport,
@@ -106,7 +118,19 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         model=config.model,
         digest=dispatcher.digest,
         public_key=key.public.decode() if key else None,
+        metrics=metrics,
     )
+
+
+def _metrics(address: str | None, progress: Progress) -> MetricsServer | None:
+    """Listen for Prometheus, if an address is given."""
+    if address is None:
+        return None
+    try:
+        from tsqp.worker.metrics import MetricsServer  # noqa: PLC0415  of an extra
+    except ModuleNotFoundError as error:
+        raise SetupError(f"{error.name} is not installed: run 'pip install tsqp[metrics]'.") from error
+    return MetricsServer(address, progress.notice)
 
 
 def _default_endpoints(config: WorkerConfig, progress: Progress) -> tuple[Endpoint, ...]:

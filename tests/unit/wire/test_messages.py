@@ -17,7 +17,8 @@ ids = st.integers(0, (1 << 62) - 1)
 dimensions = st.integers(0, messages.MAX_DIMENSION)
 dtypes: st.SearchStrategy[messages.DtypeName] = st.sampled_from(get_args(messages.DtypeName))
 specs = st.builds(TensorSpec, dtypes, st.lists(dimensions, max_size=messages.MAX_RANK).map(tuple))
-counts = st.integers(0, 2**63 - 1)
+counts = st.integers(0, (1 << 62) - 1)
+seconds = st.floats(0, 1e12)
 groups = st.builds(
     GroupSpec,
     names,
@@ -68,12 +69,15 @@ replies = st.one_of(
     st.builds(
         messages.StatsResult,
         id=ids,
-        uptime_s=st.floats(allow_nan=False),
+        uptime_s=seconds,
         requests=st.dictionaries(names, counts, max_size=3),
         errors=counts,
         bytes_received=counts,
         bytes_sent=counts,
-        compute_s=st.floats(allow_nan=False),
+        compute_s=seconds,
+        copy_s=seconds,
+        waiting_bytes=counts,
+        device_memory_bytes=counts,
     ),
     st.builds(
         messages.Failure,
@@ -83,6 +87,8 @@ replies = st.one_of(
     ),
 )
 LINEAR: dict[str, Any] = {"v": 3, "id": 1, "op": "linear", "group": "g", "x": {"dtype": "float32", "shape": [1]}}
+COUNTERS: dict[str, Any] = {"v": 3, "id": 1, "kind": "stats", "uptime_s": 1.0, "requests": {"linear": 1}, "errors": 0}
+COUNTERS |= {"bytes_received": 0, "bytes_sent": 0, "compute_s": 0.0}
 
 
 def read(kind: Any, raw: bytes) -> Any:
@@ -143,6 +149,32 @@ def test_a_field_out_of_bounds_is_refused(change: dict[str, Any]) -> None:
     assert isinstance(read(AnyRequest, msgspec.msgpack.encode(LINEAR)), messages.Linear)
     with pytest.raises(msgspec.ValidationError):
         read(AnyRequest, msgspec.msgpack.encode(LINEAR | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"uptime_s": float("nan")},
+        {"uptime_s": float("inf")},
+        {"compute_s": -1.0},
+        {"copy_s": float("nan")},
+        {"errors": -1},
+        {"bytes_sent": 1 << 62},
+        {"waiting": 1.5},
+        {"clients": "1"},
+        {"device_memory_bytes": -1},
+        {"requests": {"linear": -1}},
+        {"requests": {"": 1}},
+        {"requests": {"x" * 257: 1}},
+        {"requests": {str(number): 1 for number in range(65)}},
+        {"extra": 1},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_counters_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
+    assert isinstance(read(AnyReply, msgspec.msgpack.encode(COUNTERS)), messages.StatsResult)
+    with pytest.raises(msgspec.ValidationError):
+        read(AnyReply, msgspec.msgpack.encode(COUNTERS | change))
 
 
 @pytest.mark.parametrize("missing", ["id", "op", "group", "x"])
