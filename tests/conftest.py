@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from tiny_models import tiny_checkpoint
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 from workers import StartWorker, running_worker
 
+from tsqp import logs
 from tsqp.model.locate import BUNDLED, bundled_file, locate, locate_packed
 
 # Property tests try the same inputs each time, so that a change is judged by what it changes, and for as long as they
@@ -22,7 +24,7 @@ from tsqp.model.locate import BUNDLED, bundled_file, locate, locate_packed
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("random", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
-logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 # A shell starts what runs in the background with Ctrl-C ignored, and commands under test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,3 +86,15 @@ def worker() -> Iterator[StartWorker]:
             return started[key]
 
         yield start
+
+
+@pytest.fixture(params=logs.FORMS)
+def debug_logs(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Log all that there is to standard error, as text or as JSON; tell which."""
+    ours, root = logging.getLogger("tsqp"), logging.getLogger()
+    before = ours.level, root.level, list(root.handlers)
+    logs.set_up("debug", request.param)
+    yield request.param
+    ours.setLevel(before[0])
+    root.setLevel(before[1])
+    root.handlers[:] = before[2]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tsqp import logs
 from tsqp.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -34,8 +35,6 @@ WORKER_LEVELS = ("open", *EXACT_LEVELS)
 SERVICES = ("auto", "open", "exact", "masks")
 # How a server proves what it is: by the TEE it is in, not at all, for development, or by a TEE of this kind.
 ATTESTATIONS = ("auto", "off", "none", "gramine", "tdx")
-LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMATS = ("text", "json")
 DEFAULT_PORT = 50051
 DEALER_PORT = 50052
 DEFAULT_TOKENS = 1024
@@ -86,8 +85,8 @@ class WorkerConfig:
     serves: str = _setting("auto", "TSQP_SERVES", choices=SERVICES)
     cuda_graphs: str = _setting("on", "TSQP_CUDA_GRAPHS", choices=("on", "off"))
     metrics: str | None = _setting(None, "TSQP_METRICS")
-    log_level: str = _setting("info", "TSQP_LOG_LEVEL", choices=LOG_LEVELS)
-    log_format: str = _setting("text", "TSQP_LOG_FORMAT", choices=LOG_FORMATS)
+    log_level: str = _setting("info", "TSQP_LOG_LEVEL", choices=logs.LEVELS)
+    log_format: str = _setting("text", "TSQP_LOG_FORMAT", choices=logs.FORMS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +178,8 @@ class ServeConfig:
     max_body_bytes: int = _setting(4 << 20, "TSQP_MAX_BODY_BYTES", limits=(1024, 1 << 32))
     max_requests: int = _setting(64, "TSQP_MAX_REQUESTS", limits=(1, 1 << 16))
     max_choices: int = _setting(128, "TSQP_MAX_CHOICES", limits=(1, 1 << 16))
-    log_level: str = _setting("info", "TSQP_LOG_LEVEL", choices=LOG_LEVELS)
-    log_format: str = _setting("text", "TSQP_LOG_FORMAT", choices=LOG_FORMATS)
+    log_level: str = _setting("info", "TSQP_LOG_LEVEL", choices=logs.LEVELS)
+    log_format: str = _setting("text", "TSQP_LOG_FORMAT", choices=logs.FORMS)
     drain_s: float = _setting(30.0, "TSQP_DRAIN_S", limits=(0, _MAX_TIMEOUT_S))
 
 

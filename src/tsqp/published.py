@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from tsqp import config as settings
-from tsqp.cli.reporting import notes, progress, reported
+from tsqp import logs
+from tsqp.cli.reporting import notice, progress, reported
 from tsqp.config import DEFAULT_PORT, EnclaveConfig, WorkerConfig
 from tsqp.threads import set_threads, share_cores
 
@@ -33,11 +33,12 @@ def _serve() -> None:
     """Start the worker; its settings are environment variables (README.md)."""
     with reported(as_json=False):
         config = settings.load(WorkerConfig)
+        logs.set_up(config.log_level, config.log_format)
         share_cores()
         from tsqp.worker.startup import Progress, open_worker  # noqa: PLC0415  torch loads here
 
         with progress() as step:
-            running = open_worker(config, Progress(lambda text: notes.print(escape(text)), step))
+            running = open_worker(config, Progress(notice, step))
         typer.echo(f"Model: {running.model}")
         typer.echo(f"Device: {running.device}")
         typer.echo(f"Dtype: {running.dtype}")

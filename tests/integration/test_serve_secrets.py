@@ -45,6 +45,7 @@ def failing(*_: object) -> list[Tensor]:
 def test_a_real_engine_logs_nothing_of_a_prompt_whatever_fails(
     level: str,
     checkpoint: Path,
+    debug_logs: str,
     everything: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -70,6 +71,8 @@ def test_a_real_engine_logs_nothing_of_a_prompt_whatever_fails(
     assert "a listener failed (ValueError)" in said
     tokens = ", ".join(str(number) for number in ids)
     out, err = capfd.readouterr()
+    assert "a step failed (ValueError)" in err
+    assert (err.count('"request_id"') >= 5) == (debug_logs == "json")
     for each in (CANARY, tokens):
         assert each not in said
         assert each not in out + err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +15,22 @@ from rich.markup import escape
 from rich.progress import Progress as RichProgress
 from rich.progress import TaskID
 
-from tsqp import reports
+from tsqp import logs, reports
 from tsqp.errors import ConfigError, TsqpError
 from tsqp.reports import ErrorDetail, ErrorReport
 
 INTERRUPTED = 130
 
 notes = Console(stderr=True, highlight=False)
+_notices = logging.getLogger(logs.NOTICES)
+
+
+def notice(sentence: str) -> None:
+    """Tell who started the program something: in the log, where there is one, else as a line on standard error."""
+    if logs.form():
+        _notices.info("%s", sentence)
+    else:
+        notes.print(escape(sentence), soft_wrap=True)
 
 
 def print_json(report: msgspec.Struct) -> None:
@@ -38,10 +48,13 @@ def reported(*, as_json: bool) -> Iterator[None]:
         if as_json:
             detail = ErrorDetail(type=type(error).__name__, message=str(error), exit_code=error.exit_code)
             print_json(ErrorReport(error=detail))
-        notes.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        if logs.form() == "json":
+            _notices.error("%s", error)
+        else:
+            notes.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
-        notes.print("stopped.")
+        notice("stopped.")
         raise typer.Exit(INTERRUPTED) from error
 
 
@@ -88,6 +101,6 @@ class _Lines:
         elapsed = time.monotonic() - started
         if name not in self._shown and done < 1.0 and elapsed > self._QUIET_S:
             self._shown.add(name)
-            notes.print(f"{name} … {done:.0%}")
+            notice(f"{name} … {done:.0%}")
         if name in self._shown and done >= 1.0:
-            notes.print(f"{name}: done in {elapsed:.1f} s")
+            notice(f"{name}: done in {elapsed:.1f} s")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from tsqp import config as settings
-from tsqp.cli.reporting import notes, pool_rows, progress, reported
+from tsqp import logs
+from tsqp.cli.reporting import notice, pool_rows, progress, reported
 from tsqp.cli.workers import nearest
 from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig, ServeConfig
 from tsqp.errors import ConfigError, SetupError
@@ -136,6 +136,8 @@ def serve(
     padding: Annotated[
         str | None, typer.Option(help="on or off: pad answers to few sizes.", show_default="on at masked")
     ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
 ) -> None:
     """Serve OpenAI's HTTP API: completions and chats, continued at any protection level. Stop it with Ctrl-C."""
     with reported(as_json=False):
@@ -177,8 +179,12 @@ def serve(
             "tls_key": tls_key,
             "attestation": attestation,
             "padding": padding,
+            "log_level": log_level,
+            "log_format": log_format,
         }
-        _run(enclave, settings.load(EngineConfig, engine), settings.load(ServeConfig, flags))
+        served = settings.load(ServeConfig, flags)
+        logs.set_up(served.log_level, served.log_format)
+        _run(enclave, settings.load(EngineConfig, engine), served)
 
 
 def _make_key(file: str | None, name: str) -> None:
@@ -187,7 +193,7 @@ def _make_key(file: str | None, name: str) -> None:
     if file is None:
         raise ConfigError("--new-api-key needs the file to add it to: give --api-keys FILE too.")
     typer.echo(new_key(Path(file), name))
-    notes.print(escape(f"this is the only time the key is shown; {file} holds its hash."))
+    notice(f"this is the only time the key is shown; {file} holds its hash.")
 
 
 def _run(enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig) -> None:
@@ -204,7 +210,7 @@ def _run(enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig) -> N
 
     forbid_core_dumps()
     identity = _identity(served)
-    check_exposure(served, _notice, own_key=identity is not None)
+    check_exposure(served, notice, own_key=identity is not None)
     _check_peers(enclave, engine)
     with bind(served) as listening, ExitStack() as stack:
         running, model = _loaded(enclave, engine, served, identity, stack)
@@ -220,7 +226,7 @@ def _identity(served: ServeConfig) -> Identity | None:
     if attester is None:
         return None
     if attester.tee == "none":
-        _notice(_PROVES_NOTHING)
+        notice(_PROVES_NOTHING)
     return Identity(attester)
 
 
@@ -231,12 +237,12 @@ def _check_peers(enclave: EnclaveConfig, engine: EngineConfig) -> None:
 
     each = one_each(enclave, engine)
     if enclave.level in _READS:
-        _notice(_READS[enclave.level])
+        notice(_READS[enclave.level])
         for config in each:
             if config.worker and not config.worker_key and not parse(config.worker).stays_on_this_machine:
-                _notice(f"{config.worker} is not on this machine: activations travel to it unencrypted.")
+                notice(f"{config.worker} is not on this machine: activations travel to it unencrypted.")
     if enclave.level == "masked" and engine.reuse_prefixes == "on":
-        _notice(_PREFIXES_SHOW)
+        notice(_PREFIXES_SHOW)
 
 
 def _loaded(
@@ -259,7 +265,7 @@ def _loaded(
         offered = served_model.served(model.tokenizer, model.architecture.vocab_size, name, enclave.level)
         if identity is not None:
             identity.claim(claims_of(enclave, engine, digest_of(model, step)))
-        _notice(f"memory: {memory(model.architecture, enclave, engine)}.")
+        notice(f"memory: {memory(model.architecture, enclave, engine)}.")
         if enclave.level in WORKER_LEVELS and not engine.workers and enclave.worker is None:
             step("starting a worker", 0.0)
             words = ["--model", str(model.directory), "--dtype", enclave.dtype, "--threads", str(threads)]
@@ -267,10 +273,10 @@ def _loaded(
             enclave, revive = replace(enclave, worker=own.url), own.revive
             step("starting a worker", 1.0)
         elif not engine.worker_keys and not enclave.worker_key:
-            engine = replace(engine, workers=tuple(nearest(address, _notice) for address in engine.workers))
-            enclave = replace(enclave, worker=enclave.worker and nearest(enclave.worker, _notice))
+            engine = replace(engine, workers=tuple(nearest(address, notice) for address in engine.workers))
+            enclave = replace(enclave, worker=enclave.worker and nearest(enclave.worker, notice))
         running: Engine = stack.enter_context(
-            open_engine(model, enclave, engine, on_step=step, on_notice=_notice, revive=revive)
+            open_engine(model, enclave, engine, on_step=step, on_notice=notice, revive=revive)
         )
     return running, offered
 
@@ -292,7 +298,3 @@ def _answer(
 
     app = create_app(engine, model, served, default_tokens=default_tokens, identity=identity)
     Server(app, engine, served, ready, identity.context() if identity else None).run(sockets=[listening])
-
-
-def _notice(sentence: str) -> None:
-    notes.print(escape(sentence), soft_wrap=True)

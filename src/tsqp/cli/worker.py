@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from tsqp import config as settings
-from tsqp.cli.reporting import notes, print_json, progress, reported
+from tsqp import logs
+from tsqp.cli.reporting import notice, print_json, progress, reported
 from tsqp.launch import ending_with_parent
 from tsqp.threads import share_cores
 from tsqp.wire.messages import PROTOCOL_VERSION
@@ -84,13 +84,14 @@ def serve(flags: Mapping[str, object], *, as_json: bool, exit_with_parent: bool)
     """
     with reported(as_json=as_json):
         config = settings.load(settings.WorkerConfig, flags)
+        logs.set_up(config.log_level, config.log_format)
         share_cores()
         from tsqp.reports import WorkerReady
         from tsqp.worker.startup import Progress, open_worker
 
         hangup_fd = sys.stdin.fileno() if exit_with_parent else None
         with progress() as step, ending_with_parent(hangup_fd) if hangup_fd is not None else nullcontext():
-            running = open_worker(config, Progress(lambda text: notes.print(escape(text)), step), hangup_fd)
+            running = open_worker(config, Progress(notice, step), hangup_fd)
         ready = WorkerReady(
             model=running.model,
             model_digest=running.digest,

@@ -10,13 +10,16 @@ import base64
 import binascii
 import ipaddress
 import logging
+import os
 import re
+import time
 import traceback
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tsqp import logs
 from tsqp.engine.api import NO_OWNER
 from tsqp.serve.bodies import error_response
 from tsqp.serve.errors import ApiError, too_many, unexpected
@@ -29,6 +32,10 @@ ATTESTATION = "/v1/attestation"
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 _KNOWN_PATHS = (*HEALTH, ATTESTATION, *GENERATING, "/v1/models", "/metrics", "/status", "/view")
 _API = "/v1/"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# Of our own making for each request: one that a client sends is not taken up, since it could be anything.
+REQUEST_ID = "x-request-id"
+_ID_BYTES = 8
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 _HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:]*)(:\d+)?")
 _SAFETY = {
@@ -59,11 +66,12 @@ class Gate:
         self._generating = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request in or refuse it; tell of its end; let no exception out, whose text may quote a prompt."""
+        """Let a request in or refuse it; log its end; let no exception out, whose text may quote a prompt."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        started, identity = time.monotonic(), os.urandom(_ID_BYTES).hex()
+        answer, before = _Answer(send, identity), logs.request_id.set(identity)
         try:
             await self._guarded(scope, receive, answer)
         except ApiError as error:
@@ -75,6 +83,16 @@ class Gate:
         finally:
             path = scope["path"] if scope["path"] in _KNOWN_PATHS else "other"
             self._metrics.requests.labels(path, str(answer.status or "none")).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other method"
+            log.log(
+                logging.INFO if path.startswith(_API) else logging.DEBUG,
+                "%s %s %s",
+                method,
+                path,
+                answer.status or "without an answer",
+                extra={"duration_s": round(time.monotonic() - started, 6)},
+            )
+            logs.request_id.reset(before)
 
     async def _guarded(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         path = scope["path"]
@@ -122,16 +140,17 @@ class Gate:
 
 
 class _Answer:
-    """``send`` that remembers the status and adds headers which no browser should do without."""
+    """``send`` that remembers the status and adds the request's id, and headers which no browser should do without."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, identity: str) -> None:
+        self._send, self._identity = send, identity
         self.status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
+            headers[REQUEST_ID] = self._identity
             for name, value in _SAFETY.items():
                 headers.setdefault(name, value)
         await self._send(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -13,6 +14,8 @@ from tsqp.engine.api import Engine, Event, Failed, Finished, Generation, Token
 from tsqp.errors import TsqpError
 from tsqp.serve.errors import ApiError
 from tsqp.serve.metrics import Metrics
+
+_log = logging.getLogger(__name__)
 
 
 class Running:
@@ -67,8 +70,10 @@ class Running:
             yield place, event
 
     def failed(self, error: ApiError) -> ApiError:
-        """Count an error that ends the request and return it; the status of a stream, which was sent, does not tell."""
-        self._metrics.failed.labels(error.code or error.kind).inc()
+        """Count, log and return an error that ends the request: a stream's status, which was sent, does not tell."""
+        code = error.code or error.kind
+        self._metrics.failed.labels(code).inc()
+        _log.warning("generations ended with the error %s", code)
         return error
 
     def _submit(self, generations: Sequence[Generation]) -> None:

@@ -112,6 +112,8 @@ class Dispatcher:
             for request, outcome in zip(product.requests, product.outcomes, strict=True):
                 times = (*product.shares_ns(request), started_ns)
                 self._send(request.incoming.reply, self._result(request, outcome, times))
+                if _log.isEnabledFor(logging.DEBUG):
+                    _say(request, outcome, times[0])
             self.products += 1
             self.product_requests += len(product.requests)
             self.rows += sum(request.rows.count for request in product.requests if request.rows)
@@ -190,9 +192,21 @@ class Dispatcher:
         self.errors += 1
         code: messages.ErrorCode = next((code for kind, code in _CODES if isinstance(error, kind)), "internal")
         if code == "internal":
-            _log.error("request failed", exc_info=error)
+            _log.error("request failed", exc_info=error, extra={"request_id": request_id})
             error = InternalError("the worker failed on this request; its log says how.")
+        else:  # its text may quote what the client sent
+            _log.debug("request refused (%s)", code, extra={"request_id": request_id})
         return [messages.encode(Failure(id=request_id, code=code, message=str(error)[:2048]))]
+
+
+def _say(request: Waiting, outcome: Result | Exception, compute_ns: int) -> None:
+    """Log a request that has been answered: what it was, how much, and for how long it computed."""
+    if isinstance(outcome, Exception):
+        return
+    kind, rows = type(request.header).__name__.lower(), request.rows
+    what = f"{kind}, {rows.count} rows by {rows.name}" if rows else kind
+    extra = {"request_id": request.header.id, "duration_s": compute_ns / 1e9}
+    _log.debug("%s: %d bytes in, %d out", what, request.size_bytes, len(outcome.frame), extra=extra)
 
 
 def _request_id(frames: Sequence[Buffer]) -> int:

@@ -183,7 +183,7 @@ def test_padding_keeps_what_is_said(size: int) -> None:
 
 
 def test_no_prompt_and_no_answer_is_logged_at_any_level(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    debug_logs: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "fastapi", "asyncio", "starlette", "tsqp"):
@@ -217,6 +217,36 @@ def test_no_prompt_and_no_answer_is_logged_at_any_level(
     assert all(CANARY not in repr(record.args) and record.exc_info is None for record in caplog.records)
     out, err = capfd.readouterr()
     assert CANARY not in out + err
+    lines = [line for line in err.splitlines() if "/v1/completions" in line]
+    assert len(lines) == 9
+    assert "unexpected ValueError at" in err
+    if debug_logs == "json":
+        assert all(json.loads(line)["request_id"] for line in lines)
+
+
+def test_each_request_has_an_id_that_its_answer_and_its_log_line_tell(
+    debug_logs: str, serve: Serve, capfd: pytest.CaptureFixture[str]
+) -> None:
+    client = serve(FakeEngine(fail_after=2))
+    answers = [client.post("/v1/completions", json={**ASK, "max_tokens": 9}, headers={"x-request-id": CANARY})]
+    answers += [client.get(path) for path in ("/healthz", "/no/such/page", "/v1/models")]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert len(set(ids)) == len(ids)
+    assert CANARY not in ids
+    err = capfd.readouterr().err
+    for identity, answer, path in zip(
+        ids, answers, ("/v1/completions", "/healthz", "other", "/v1/models"), strict=True
+    ):
+        said = [line for line in err.splitlines() if identity in line]
+        assert len(said) == (2 if path == "/v1/completions" else 1)  # and that it failed
+        assert f"{path} {answer.status_code}" in said[-1]
+        if debug_logs == "json":
+            entry = json.loads(said[-1])
+            assert entry["request_id"] == identity
+            assert entry["duration_s"] >= 0
+            assert entry["level"] == ("info" if path.startswith("/v1/") else "debug")
+    assert "generations ended with the error worker_unavailable" in err
+    assert CANARY not in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
