@@ -28,6 +28,10 @@ SERVES          ?= open
 WORKER_KEYS     ?=
 DEALER_KEYS     ?=
 API_KEYS        ?=
+# The enclave's own key for workers with an allow-list: a file NAME.key_secret, encrypted, and the name of the key that it is
+# encrypted with under /dev/attestation/keys.
+OWN_KEY         ?=
+OWN_KEY_KEY     ?=
 # Names under /dev/shm that workers on this machine made: shm:///dev/shm/NAME.
 SHM             ?=
 ATTESTATION     ?=
@@ -46,6 +50,10 @@ MAX_THREADS     ?=
 
 ifneq ($(filter %_secret %.pem,$(WORKER_KEYS) $(DEALER_KEYS) $(API_KEYS)),)
 $(error secret keys do not belong into a manifest: give the public NAME.key files, and a file of hashed API keys)
+endif
+
+ifneq ($(if $(OWN_KEY),1)$(if $(OWN_KEY_KEY),1),$(if $(and $(OWN_KEY),$(OWN_KEY_KEY)),11))
+$(error an own key is read from an encrypted file only: give OWN_KEY and OWN_KEY_KEY, or neither)
 endif
 
 ifneq ($(and $(MODEL_KEY),$(if $(MODEL_DIGEST),,none)),)
@@ -67,7 +75,8 @@ level_of = $(if $(filter serve,$(ROLE_$1)),$(LEVEL),$(if $(filter runner,$(ROLE_
 defines = '-Drole=$(ROLE_$1)' '-Dprogram=$(PROGRAM_$1)' '-Dscript=$(SCRIPT_$1)' '-Dargs=$(ARGS)' \
   '-Druntime=$(RUNTIME)' '-Dmodel=$(call model,$1)' '-Dmodel_name=$(MODEL_NAME)' '-Dmodel_key=$(MODEL_KEY)' '-Dmodel_digest=$(MODEL_DIGEST)' \
   '-Ddtype=$(DTYPE)' '-Dlevel=$(LEVEL)' '-Dserves=$(SERVES)' '-Dworker_keys=$(WORKER_KEYS)' \
-  '-Ddealer_keys=$(DEALER_KEYS)' '-Dapi_keys=$(API_KEYS)' '-Dprovision_ca=$(PROVISION_CA)' '-Dshm=$(SHM)' '-Dattestation=$(ATTESTATION)' \
+  '-Ddealer_keys=$(DEALER_KEYS)' '-Dapi_keys=$(API_KEYS)' '-Dprovision_ca=$(PROVISION_CA)' '-Down_key=$(OWN_KEY)' \
+  '-Down_key_key=$(OWN_KEY_KEY)' '-Dshm=$(SHM)' '-Dattestation=$(ATTESTATION)' \
   '-Dthreads=$(THREADS)' '-Domp_wait_policy=$(OMP_WAIT_POLICY)' '-Dedmm=$(EDMM)' '-Disvsvn=$(ISV_SVN)' \
   '-Disvprodid=$(PRODUCT_$1)' '-Dlog_level=$(LOG_LEVEL)'
 

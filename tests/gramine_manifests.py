@@ -36,6 +36,8 @@ DEFAULTS = {
     "dealer_keys": "",
     "api_keys": "",
     "provision_ca": "",
+    "own_key": "",
+    "own_key_key": "",
     "shm": "",
     "attestation": "",
     "threads": "4",
@@ -52,6 +54,7 @@ SERVER = {"role": "server", "program": "/app/server.py", "script": "server.py", 
 LOCAL = {"role": "local", "program": "/app/tee_runner.py", "script": "tee_runner.py", "isvprodid": "3"}
 DEALERS = {"dealer_keys": "a.key b.key"}
 WORKERS = {"worker_keys": "w.key v.key"}
+OWN = {"own_key": "own.key_secret", "own_key_key": "own"}
 # Every program, and every parameter that changes more than a value.
 MANIFESTS: dict[str, dict[str, str]] = {
     "runner": RUNNER,
@@ -67,6 +70,8 @@ MANIFESTS: dict[str, dict[str, str]] = {
     "serve an encrypted model": {"model_key": "model", "model_digest": "ab" * 32},
     "serve with a provisioned key": {"model_key": "model", "model_digest": "ab" * 32, "provision_ca": "ca.crt"},
     "serve attested": {"attestation": "gramine"},
+    "serve with an own key": {**WORKERS, **OWN},
+    "runner with an own key": {**RUNNER, "worker_keys": "w.key", **OWN},
 }
 
 _MOUNT: dict[str, Any] = {

@@ -57,6 +57,10 @@ class ModelMismatchError(SetupError):
     """A worker serves another model, or in another dtype, than this process expects."""
 
 
+class KeyRefusedError(SetupError):
+    """A peer lets only clients in whose keys it was told, and this process holds none of them. Nothing was sent."""
+
+
 class AbsentPeerError(SetupError):
     """Nobody listens at an address of shared memory. Where somebody did before, it may be starting again."""
 

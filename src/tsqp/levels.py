@@ -29,7 +29,7 @@ from tsqp.model.ops import LocalOps, read_state
 from tsqp.model.packed import PackedEnclave, open_enclave
 from tsqp.model.tokenizer import Tokenizer, find_tokenizer, read_companions
 from tsqp.model.weights import Checkpoint
-from tsqp.transport.keys import load_public
+from tsqp.transport.keys import KeyPair, load_public, load_secret
 from tsqp.transport.urls import parse
 from tsqp.wire import codec
 
@@ -169,9 +169,19 @@ def check_worker(model: Model, config: EnclaveConfig, on_step: OnStep = lambda _
 def _worker_peer(config: EnclaveConfig, level: str, wrap: Wrap | None) -> Peer:
     if config.worker is None:
         raise InputError(f"the level {level!r} needs a worker's address.")
-    return Peer(
-        address=config.worker, key=load_public(config.worker_key) if config.worker_key is not None else None, wrap=wrap
-    )
+    key = load_public(config.worker_key) if config.worker_key is not None else None
+    return Peer(address=config.worker, key=key, own=_own_key(config), wrap=wrap)
+
+
+def _own_key(config: EnclaveConfig) -> KeyPair | None:
+    """Read this process's pair, if it has one; who would have it to no use may think that it protects something."""
+    if config.own_key is None:
+        return None
+    if config.worker and parse(config.worker).scheme != "shm" and not (config.worker_key or config.dealer_keys):
+        raise ConfigError(
+            "an own key is of use on encrypted links only: give the worker's key too (--worker-key), or leave it out."
+        )
+    return load_secret(config.own_key)
 
 
 def _dealers(config: EnclaveConfig, level: str, wrap: Callable[[str], Wrap] | None) -> tuple[Peer, ...] | None:
@@ -182,7 +192,7 @@ def _dealers(config: EnclaveConfig, level: str, wrap: Callable[[str], Wrap] | No
         raise ConfigError("masks by the enclave and dealers exclude each other: leave out --masks enclave or --dealer.")
     if config.masks == "dealers" and not config.dealers:
         raise ConfigError("--masks dealers needs at least one --dealer.")
-    peers = dealer_peers(config, load_public)
+    peers = dealer_peers(config, load_public, _own_key(config))
     if wrap is None:
         return peers
     return tuple(replace(peer, wrap=wrap(f"dealer {number}")) for number, peer in enumerate(peers, 1))

@@ -123,6 +123,32 @@ def test_programs_give_the_key_to_connect(tiny_llama: Path, keyed: Keyed, tmp_pa
         pass
 
 
+def test_a_worker_with_an_allow_list_serves_who_is_on_it(tiny_llama: Path, keyed: Keyed, tmp_path: Path) -> None:
+    known, own = create(tmp_path, "enclave")
+    _, other = create(tmp_path, "other")
+    tcp = f"127.0.0.1:{free_port()}"
+    options = ["--model", str(tiny_llama), "--device", "cpu", "--listen", tcp, "--key", str(keyed.secret)]
+    where = ["--model", tiny_llama, "--worker", tcp, "--worker-key", keyed.public]
+    with local_worker([*options, "--allow", str(known)], "ipc"):
+        for strangers in ([], ["--own-key", other]):
+            code, out, err = run("prefill", *where, "--tokens", 4, "--json", *strangers)
+            assert code == 3
+            assert f"{tcp} lets only those in whose keys it was told (--allow), and not this process" in err
+            assert msgspec.json.decode(out, type=ErrorReport).error.type == "KeyRefusedError"
+        assert next_tokens(*where, "--own-key", own)
+
+
+def test_a_list_and_an_own_key_need_encrypted_links(tiny_llama: Path, keyed: Keyed, tmp_path: Path) -> None:
+    public, secret = create(tmp_path, "enclave")
+    for command, address in (("worker", f"ipc://{tmp_path}/worker"), ("dealer", f"ipc://{tmp_path}/dealer")):
+        code, _, err = run(command, "--model", tiny_llama, "--listen", address, "--allow", public)
+        assert code == 3
+        assert "an allow-list is checked where links are encrypted" in err
+    code, _, err = run("prefill", "--model", tiny_llama, "--worker", keyed.tcp, "--own-key", secret)
+    assert code == 3
+    assert "an own key is of use on encrypted links only" in err
+
+
 @pytest.mark.parametrize("scheme", ["tcp", "ipc"])
 def test_clients_of_the_first_protocol_get_no_answer(tiny_llama: Path, keyed: Keyed, scheme: str) -> None:
     address = f"tcp://{keyed.tcp}" if scheme == "tcp" else keyed.ipc

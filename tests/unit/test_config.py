@@ -95,6 +95,7 @@ def test_an_unknown_variable_of_ours_is_refused_and_others_are_not_read(kind: Ki
         (WorkerConfig, "LLAMA_GPU_PORT", "65536", "port 65536: expected at least 1 and at most 65535"),
         (WorkerConfig, "LLAMA_DTYPE", "float64", "unknown dtype 'float64': expected one of float32, float16, bfloat16"),
         (WorkerConfig, "LLAMA_MODEL_PATH", "", "LLAMA_MODEL_PATH: expected str, got ''"),
+        (WorkerConfig, "TSQP_ALLOW", " , ", "TSQP_ALLOW is empty: give a value, or leave it out"),
         (WorkerConfig, "TSQP_THREADS", "0", "threads 0: expected at least 1"),
         (WorkerConfig, "TSQP_THREADS", "99999999999", "threads 99999999999: expected"),
         (WorkerConfig, "TSQP_MAX_MESSAGE_BYTES", "1000", "max_message_bytes 1000: expected at least 65536"),

@@ -45,6 +45,7 @@ class Order(Struct, frozen=True, kw_only=True):
     mask_memory: int = 1 << 30
     dealers: tuple[str, ...] = ()
     dealer_keys: tuple[str, ...] = ()
+    own_key: str | None = None
     micro_batches: int | None = None
     floor: bool = False
     device: str = "cpu"
@@ -119,6 +120,7 @@ def settings(order: Order) -> EnclaveConfig:
         mask_memory=order.mask_memory,
         dealers=order.dealers,
         dealer_keys=order.dealer_keys,
+        own_key=order.own_key,
         micro_batches=order.micro_batches,
         request_timeout_s=_REQUEST_TIMEOUT_S,
     )

@@ -68,6 +68,7 @@ class Prepared:
             mask_memory=config.mask_memory,
             dealers=worker.dealers if plan.dealer else (),
             dealer_keys=worker.dealer_keys if plan.dealer else (),
+            own_key=config.own_key if plan.dealer else None,
             micro_batches=config.micro_batches,
             floor=plan.floor,
             device=self.device,

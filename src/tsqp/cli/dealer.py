@@ -25,6 +25,13 @@ def dealer(
         str | None,
         typer.Option(help="Encrypt every link with this key, a file NAME.key_secret.", show_default="links in clear"),
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let only clients in that hold this key, NAME.key or its text, repeatable. Needs --key.",
+            show_default="whoever has this key's public part",
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda:N.", show_default="cuda:0 where there is one")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
     metrics: Annotated[
@@ -49,5 +56,6 @@ def dealer(
         "metrics": metrics,
         "log_level": log_level,
         "log_format": log_format,
+        "allow": tuple(allow) if allow else None,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)

@@ -41,6 +41,13 @@ def generate(
             help="The worker's public key, NAME.key or its text: encrypts the link.", show_default="a link in clear"
         ),
     ] = None,
+    own_key: Annotated[
+        str | None,
+        typer.Option(
+            help="This process's own key, NAME.key_secret, for peers that let only some in.",
+            show_default="a fresh one for each link",
+        ),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -55,8 +62,8 @@ def generate(
 ) -> None:
     """Continue a prompt and print the text as it comes. Counts go to standard error."""
     with reported(as_json=False):
-        flags = {"model": model, "level": level, "worker": worker, "worker_key": worker_key, "dtype": dtype}
-        enclave = settings.load(EnclaveConfig, {**flags, "threads": threads})
+        flags = {"model": model, "level": level, "worker": worker, "worker_key": worker_key, "own_key": own_key}
+        enclave = settings.load(EnclaveConfig, {**flags, "dtype": dtype, "threads": threads})
         sampling = Sampling(
             temperature=temperature,
             top_p=top_p,

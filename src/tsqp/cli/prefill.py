@@ -48,6 +48,13 @@ def prefill(
             help="The worker's public key, NAME.key or its text: encrypts the link.", show_default="a link in clear"
         ),
     ] = None,
+    own_key: Annotated[
+        str | None,
+        typer.Option(
+            help="This process's own key, NAME.key_secret, for peers that let only some in.",
+            show_default="a fresh one for each link",
+        ),
+    ] = None,
     masks: Annotated[
         str | None,
         typer.Option(help="masked: who computes mask products, enclave or dealers.", show_default="enclave"),
@@ -104,6 +111,7 @@ def prefill(
             "level": level,
             "worker": worker,
             "worker_key": worker_key,
+            "own_key": own_key,
             "masks": masks,
             "dealers": tuple(dealer) if dealer else None,
             "dealer_keys": tuple(dealer_key) if dealer_key else None,

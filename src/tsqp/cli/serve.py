@@ -64,6 +64,13 @@ def serve(
         list[str] | None,
         typer.Option(help="Public key of each worker, in order: NAME.key or its text.", show_default="links in clear"),
     ] = None,
+    own_key: Annotated[
+        str | None,
+        typer.Option(
+            help="This process's own key, NAME.key_secret, for peers that let only some in.",
+            show_default="a fresh one for each link",
+        ),
+    ] = None,
     masks: Annotated[
         str | None,
         typer.Option(help="masked: who computes mask products, enclave or dealers.", show_default="enclave"),
@@ -149,6 +156,7 @@ def serve(
             {
                 "model": model,
                 "level": level,
+                "own_key": own_key,
                 "masks": masks,
                 "dealers": tuple(dealer) if dealer else None,
                 "dealer_keys": tuple(dealer_key) if dealer_key else None,

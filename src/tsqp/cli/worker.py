@@ -43,6 +43,13 @@ def worker(
         str | None,
         typer.Option(help="Encrypt every link with this key, a file NAME.key_secret.", show_default="links in clear"),
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let only clients in that hold this key, NAME.key or its text, repeatable. Needs --key.",
+            show_default="whoever has this key's public part",
+        ),
+    ] = None,
     cuda_graphs: Annotated[
         str | None, typer.Option(help="on or off: capture a GPU's products that repeat.", show_default="on")
     ] = None,
@@ -69,6 +76,7 @@ def worker(
         "metrics": metrics,
         "log_level": log_level,
         "log_format": log_format,
+        "allow": tuple(allow) if allow else None,
         "cuda_graphs": cuda_graphs,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)

@@ -15,6 +15,7 @@ from tsqp.meter import Meter
 from tsqp.model.architecture import LlamaConfig, linear_groups
 from tsqp.transport.base import ClientTransport
 from tsqp.transport.client import open_client
+from tsqp.transport.keys import KeyPair
 from tsqp.transport.urls import parse
 from tsqp.wire import codec
 from tsqp.wire.messages import Welcome
@@ -41,11 +42,13 @@ class Peer:
     Attributes:
         address: as people write it.
         key: its public key, 40 bytes of z85; None means a link in clear.
+        own: this process's pair on an encrypted link; None makes one for each connection.
         wrap: applied to the transport.
     """
 
     address: str
     key: bytes | None = None
+    own: KeyPair | None = None
     wrap: Wrap | None = None
 
 
@@ -60,10 +63,11 @@ def meet(peer: Peer, config: EnclaveConfig, expected: Expected, meter: Meter | N
 
     Raises:
         PeerKeyError: what answers does not hold that key.
+        KeyRefusedError: it does, and does not let this process in.
         TransportError: nothing answers there.
         ProtocolError, ModelMismatchError: what answers is not the right peer.
     """
-    transport: ClientTransport = open_client(parse(peer.address), config.max_message_bytes, peer.key)
+    transport: ClientTransport = open_client(parse(peer.address), config.max_message_bytes, peer.key, peer.own)
     role: Role = "dealer" if expected.serves == "masks" else "worker"
     session = Session(peer.wrap(transport) if peer.wrap else transport, config.request_timeout_s, meter, role)
     try:

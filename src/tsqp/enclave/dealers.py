@@ -12,6 +12,7 @@ from tsqp.enclave.session import Expected
 from tsqp.errors import ConfigError
 from tsqp.model.architecture import LlamaConfig, linear_groups
 from tsqp.tee import tee_name
+from tsqp.transport.keys import KeyPair
 from tsqp.transport.urls import parse
 
 
@@ -58,12 +59,15 @@ def _claim(taken: dict[str, str], value: str, dealer: str, what: str) -> None:
     taken[value] = f"dealer {dealer}"
 
 
-def dealer_peers(config: EnclaveConfig, load_key: Callable[[str], bytes]) -> tuple[Peer, ...]:
+def dealer_peers(
+    config: EnclaveConfig, load_key: Callable[[str], bytes], own: KeyPair | None = None
+) -> tuple[Peer, ...]:
     """Pair the dealers' addresses with their keys.
 
     Args:
         config: the settings.
         load_key: reads a public key from a file or a text.
+        own: this process's pair.
 
     Raises:
         ConfigError: another number of keys than of dealers.
@@ -73,7 +77,7 @@ def dealer_peers(config: EnclaveConfig, load_key: Callable[[str], bytes]) -> tup
             f"{len(config.dealers)} dealers and {len(config.dealer_keys)} dealer keys: give one key for each, in order."
         )
     keys: list[bytes | None] = [load_key(key) for key in config.dealer_keys] or [None] * len(config.dealers)
-    return tuple(Peer(address=address, key=key) for address, key in zip(config.dealers, keys, strict=True))
+    return tuple(Peer(address=address, key=key, own=own) for address, key in zip(config.dealers, keys, strict=True))
 
 
 @contextmanager

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from tsqp.errors import ConfigError
 from tsqp.transport.base import ClientTransport
+from tsqp.transport.keys import KeyPair
 from tsqp.transport.urls import Endpoint
 from tsqp.transport.zeromq import ZmqClient
 
 
-def open_client(endpoint: Endpoint, max_message_bytes: int, server_key: bytes | None = None) -> ClientTransport:
+def open_client(
+    endpoint: Endpoint, max_message_bytes: int, server_key: bytes | None = None, own: KeyPair | None = None
+) -> ClientTransport:
     """Connect to a worker.
 
     Args:
         endpoint: where it listens.
         max_message_bytes: the longest message that either side may send.
         server_key: the public key that the worker must hold, 40 bytes of z85; the link is encrypted then.
+        own: this side's pair on such a link; else one is made for it.
 
     Raises:
         ConfigError: a key for shared memory, or one that is none.
@@ -27,4 +31,4 @@ def open_client(endpoint: Endpoint, max_message_bytes: int, server_key: bytes | 
 
         connect = polled.connect_named if endpoint.is_named_region else shm.connect_socket
         return connect(endpoint, max_message_bytes)
-    return ZmqClient(endpoint, max_message_bytes, server_key)
+    return ZmqClient(endpoint, max_message_bytes, server_key, own)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 import struct
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,15 @@ def load_public(path_or_key: str | Path) -> bytes:
     if _is_key(text) and not text.endswith((PUBLIC_SUFFIX, SECRET_SUFFIX)):
         return check_public(text.encode())
     return read_public(Path(text))
+
+
+def load_allowed(paths_or_keys: Iterable[str | Path]) -> frozenset[bytes] | None:
+    """Return the public keys of an allow-list, each as ``load_public`` takes it; None, which allows all, for no list.
+
+    Raises:
+        SetupError: as ``load_public`` does.
+    """
+    return frozenset(map(load_public, paths_or_keys)) or None
 
 
 def read_public(file: Path) -> bytes:

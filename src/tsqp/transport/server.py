@@ -54,12 +54,14 @@ class Server:
         hangup_fd: a file descriptor to watch beside them, such as a pipe from the parent process; ``hung_up`` tells
             when it closes.
         key: the worker's own; every link is encrypted then, and clients need its public part.
+        allowed: the public keys of the clients that may connect, all others are refused in the handshake; None lets
+            any in.
 
     Attributes:
         ahead: memory to read while nothing comes, or None.
 
     Raises:
-        ConfigError: a key and an endpoint of shared memory.
+        ConfigError: a key and an endpoint of shared memory, or an allow-list without a key.
         SetupError: an address is in use or cannot be bound.
     """
 
@@ -69,7 +71,12 @@ class Server:
         max_message_bytes: int,
         hangup_fd: int | None = None,
         key: KeyPair | None = None,
+        allowed: frozenset[bytes] | None = None,
     ) -> None:
+        if allowed is not None and key is None:
+            raise ConfigError(
+                "an allow-list is checked where links are encrypted: give this process a key of its own too (--key)."
+            )
         for endpoint in endpoints:
             if key is not None and endpoint.scheme == "shm":
                 raise ConfigError(f"{endpoint}: shared memory carries no encryption; with a key use tcp or ipc.")
@@ -87,7 +94,7 @@ class Server:
                 if endpoint.scheme == "shm":
                     self._listeners.append(_shared_memory(endpoint, max_message_bytes, self._poller))
             if sockets:
-                self._listeners.append(ZmqListener(sockets, max_message_bytes, self._poller, key))
+                self._listeners.append(ZmqListener(sockets, max_message_bytes, self._poller, key, allowed))
         except BaseException:
             self.close()
             raise

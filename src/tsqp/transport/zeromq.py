@@ -1,7 +1,8 @@
 """ZeroMQ transport: DEALER in the enclave, ROUTER in the worker, over ``tcp://`` and ``ipc://``.
 
 Large frames are neither copied when sent nor when received (pyzmq ``copy=False``). With a key of the worker's, links
-are encrypted and the worker proves that it holds the key (CURVE); clients stay anonymous. libzmq copies frames then.
+are encrypted and the worker proves that it holds the key (CURVE); clients prove theirs to a worker with an allow-list,
+and are anonymous to others. libzmq copies frames then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from functools import partial
 import zmq
 import zmq.utils.monitor
 
-from tsqp.errors import ConfigError, PeerKeyError, SetupError, TransportClosedError, TransportTimeoutError
+from tsqp.errors import (
+    ConfigError,
+    KeyRefusedError,
+    PeerKeyError,
+    SetupError,
+    TransportClosedError,
+    TransportTimeoutError,
+)
+from tsqp.transport.allowing import AllowList
 from tsqp.transport.base import Buffer, Delivery, Incoming
 from tsqp.transport.keys import KeyPair, check_public, ephemeral
 from tsqp.transport.sockets import check_free, owner_only
@@ -46,17 +55,21 @@ class ZmqClient:
     Args:
         endpoint: where the worker listens.
         max_message_bytes: a larger frame from the worker ends the connection.
-        server_key: the public key that the worker must hold, 40 bytes of z85; the link is encrypted then, by a key of
-            this connection alone. Nothing is sent before the worker has proved that it holds the key.
+        server_key: the public key that the worker must hold, 40 bytes of z85; the link is encrypted then. Nothing is
+            sent before the worker has proved that it holds the key.
+        own: this side's own pair, for a worker that lets only some in; else a key of this connection alone is made. Not
+            used on a link in clear.
 
     Raises:
         SetupError: the address cannot be connected to, or the key is none.
     """
 
-    def __init__(self, endpoint: Endpoint, max_message_bytes: int, server_key: bytes | None = None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, max_message_bytes: int, server_key: bytes | None = None, own: KeyPair | None = None
+    ) -> None:
         self.peer = str(endpoint)
         self._endpoint = endpoint
-        own = ephemeral() if server_key is not None else None
+        own = (own or ephemeral()) if server_key is not None else None
         self._server_key = check_public(server_key) if server_key is not None else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -130,6 +143,12 @@ class ZmqClient:
                     f"the peer at {self.peer} wants an encrypted link: "
                     "give its public key (--worker-key or --dealer-key)."
                 )
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise KeyRefusedError(
+                f"the peer at {self.peer} lets only those in whose keys it was told (--allow), and not this process: "
+                "give the key that it knows (--own-key), or have this one's NAME.key added there. Nothing was sent to "
+                "it."
+            )
         elif not in_doubt or _mechanism(self._endpoint):
             raise PeerKeyError(
                 f"the peer at {self.peer} does not hold the key that was given, or speaks without encryption: check "
@@ -152,8 +171,9 @@ class ZmqListener:
         endpoints: where to listen.
         max_message_bytes: a larger frame from a client ends that client's connection.
         poller: where to register the sockets.
-        key: the worker's own; clients must know its public part then, on every endpoint. Any client may connect:
-            without a ZAP handler libzmq accepts all their keys.
+        key: the worker's own; clients must know its public part then, on every endpoint.
+        allowed: which clients may connect, by their public keys; it takes a key. None: any that knows the worker's,
+            since libzmq accepts all keys where nothing answers for it.
 
     Raises:
         SetupError: an address is in use or cannot be bound.
@@ -170,14 +190,18 @@ class ZmqListener:
         max_message_bytes: int,
         poller: zmq.Poller,
         key: KeyPair | None = None,
+        allowed: frozenset[bytes] | None = None,
     ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._allow_list = AllowList(self._context, allowed) if allowed is not None else None
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if key else 0))
         if key:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
+        if self._allow_list:
+            self._allow_list.guard(self._socket)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
         self._poller = poller
         poller.register(self._socket, zmq.POLLIN)
@@ -214,6 +238,8 @@ class ZmqListener:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._socket.close(linger=0)
+        if self._allow_list:
+            self._allow_list.close()
         self._context.term()
 
 

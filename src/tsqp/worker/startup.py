@@ -21,7 +21,7 @@ from tsqp.model.ops import read_state
 from tsqp.model.packed import open_codes
 from tsqp.model.weights import Checkpoint
 from tsqp.threads import set_threads
-from tsqp.transport.keys import KeyPair, load_secret
+from tsqp.transport.keys import KeyPair, load_allowed, load_secret
 from tsqp.transport.nearby import make_nearby
 from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
@@ -87,17 +87,14 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
     device = resolve_device(config.device, progress.notice)
     endpoints = tuple(parse(url) for url in config.listen) or _default_endpoints(config, progress)
     key = load_secret(config.key) if config.key is not None else None
+    allowed = load_allowed(config.allow)
     if config.serves == "masks":
         _check_dealer(endpoints, key, progress)
     for endpoint in endpoints:
         if not endpoint.stays_on_this_machine:
-            progress.notice(
-                f"{endpoint} is open to the network, encrypted: whoever reaches it and has its public key can use it."
-                if key
-                else f"{endpoint} is open to the network, unencrypted: whoever reaches it can use and read it."
-            )
+            _tell_exposure(endpoint, key, allowed, progress)
     with ExitStack() as opened:
-        transport = Server(endpoints, config.max_message_bytes, hangup_fd, key)
+        transport = Server(endpoints, config.max_message_bytes, hangup_fd, key, allowed)
         opened.callback(transport.close)
         metrics = _metrics(config.metrics, progress)
         if metrics:
@@ -144,6 +141,19 @@ def _default_endpoints(config: WorkerConfig, progress: Progress) -> tuple[Endpoi
         except SetupError as error:
             progress.notice(f"no shared memory, {loopback} only: {error}")
     return (loopback, nearby) if nearby else (loopback,)
+
+
+def _tell_exposure(
+    endpoint: Endpoint, key: KeyPair | None, allowed: frozenset[bytes] | None, progress: Progress
+) -> None:
+    """Say who can do what with an address that the network reaches."""
+    if key is None:
+        progress.notice(f"{endpoint} is open to the network, unencrypted: whoever reaches it can use and read it.")
+    elif allowed is None:
+        progress.notice(
+            f"{endpoint} is open to the network, encrypted: whoever reaches it and has its public key can use it; "
+            "--allow names who may."
+        )
 
 
 def _check_dealer(endpoints: tuple[Endpoint, ...], key: KeyPair | None, progress: Progress) -> None:

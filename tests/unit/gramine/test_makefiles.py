@@ -214,6 +214,13 @@ def test_a_key_that_is_provisioned_is_that_of_an_encrypted_model(checkout: Path,
     assert measured(manifest)["SECRET_PROVISION_SET_KEY"] == "model"  # noqa: S105  a name
 
 
+@pytest.mark.parametrize("given", ["OWN_KEY=own.key_secret", "OWN_KEY_KEY=own"])
+def test_an_own_key_is_taken_from_an_encrypted_file_only(given: str, checkout: Path, tools: Path) -> None:
+    done = make(checkout, "gramine", given, tools=tools)
+    assert done.returncode != 0
+    assert "an own key is read from an encrypted file only" in done.stderr
+
+
 def test_clean_and_distclean_leave_what_was_there(checkout: Path, tools: Path) -> None:
     before = {path.name for path in (checkout / "gramine").iterdir()}
     make(checkout, "gramine", "SGX=1", tools=tools)

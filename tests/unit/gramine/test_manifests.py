@@ -12,6 +12,7 @@ from gramine_manifests import (
     DEALERS,
     DEFAULTS,
     MANIFESTS,
+    OWN,
     ROOT,
     RUNNER,
     RUNTIMEDIR,
@@ -259,6 +260,16 @@ def test_the_list_in_the_docs_names_every_manifest() -> None:
     )
     rows = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
     assert rows == list(MANIFESTS)
+
+
+@pytest.mark.parametrize("role", [{}, RUNNER], ids=["serve", "runner"])
+def test_an_own_key_comes_from_an_encrypted_file(role: dict[str, str]) -> None:
+    manifest = parsed(**{**role, "worker_keys": "w.key", **OWN})
+    inside = settings_of(manifest, TSQP_OWN_KEY="/hostile/own.key_secret")
+    (mount,) = (mount for mount in manifest["fs"]["mounts"] if mount["path"] == inside["TSQP_OWN_KEY"])
+    assert (mount["type"], mount["key_name"]) == ("encrypted", "own")
+    assert not is_trusted(manifest, mount["uri"])
+    assert "TSQP_OWN_KEY" not in settings_of(parsed(**role), TSQP_OWN_KEY="/hostile/own.key_secret")
 
 
 @every_manifest

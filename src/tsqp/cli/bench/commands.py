@@ -58,6 +58,10 @@ def prefill(
     dealer_key: Annotated[
         list[str] | None, typer.Option(help="Public key of each dealer, in order.", show_default="links in clear")
     ] = None,
+    own_key: Annotated[
+        str | None,
+        typer.Option(help="Own key, NAME.key_secret, for dealers that let only some in.", show_default="fresh ones"),
+    ] = None,
     mask_pool: PoolOption = None,
     mask_memory: MemoryOption = None,
     rounds: Annotated[int, typer.Option(help="Turns of each variant; each has four measured runs.")] = 15,
@@ -75,6 +79,7 @@ def prefill(
             "masks": masks,
             "dealers": tuple(dealer) if dealer else None,
             "dealer_keys": tuple(dealer_key) if dealer_key else None,
+            "own_key": own_key,
             "mask_pool": pool_rows(mask_pool),
             "mask_memory": mask_memory,
         }
