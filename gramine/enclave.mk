@@ -32,6 +32,8 @@ API_KEYS        ?=
 # encrypted with under /dev/attestation/keys.
 OWN_KEY         ?=
 OWN_KEY_KEY     ?=
+# 1: links without a key may leave this machine, in clear.
+INSECURE        ?= 0
 # Names under /dev/shm that workers on this machine made: shm:///dev/shm/NAME.
 SHM             ?=
 ATTESTATION     ?=
@@ -75,8 +77,8 @@ level_of = $(if $(filter serve,$(ROLE_$1)),$(LEVEL),$(if $(filter runner,$(ROLE_
 defines = '-Drole=$(ROLE_$1)' '-Dprogram=$(PROGRAM_$1)' '-Dscript=$(SCRIPT_$1)' '-Dargs=$(ARGS)' \
   '-Druntime=$(RUNTIME)' '-Dmodel=$(call model,$1)' '-Dmodel_name=$(MODEL_NAME)' '-Dmodel_key=$(MODEL_KEY)' '-Dmodel_digest=$(MODEL_DIGEST)' \
   '-Ddtype=$(DTYPE)' '-Dlevel=$(LEVEL)' '-Dserves=$(SERVES)' '-Dworker_keys=$(WORKER_KEYS)' \
-  '-Ddealer_keys=$(DEALER_KEYS)' '-Dapi_keys=$(API_KEYS)' '-Dprovision_ca=$(PROVISION_CA)' '-Down_key=$(OWN_KEY)' \
-  '-Down_key_key=$(OWN_KEY_KEY)' '-Dshm=$(SHM)' '-Dattestation=$(ATTESTATION)' \
+  '-Ddealer_keys=$(DEALER_KEYS)' '-Dapi_keys=$(API_KEYS)' '-Dprovision_ca=$(PROVISION_CA)' '-Dinsecure=$(INSECURE)' \
+  '-Down_key=$(OWN_KEY)' '-Down_key_key=$(OWN_KEY_KEY)' '-Dshm=$(SHM)' '-Dattestation=$(ATTESTATION)' \
   '-Dthreads=$(THREADS)' '-Domp_wait_policy=$(OMP_WAIT_POLICY)' '-Dedmm=$(EDMM)' '-Disvsvn=$(ISV_SVN)' \
   '-Disvprodid=$(PRODUCT_$1)' '-Dlog_level=$(LOG_LEVEL)'
 

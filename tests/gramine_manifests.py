@@ -36,6 +36,7 @@ DEFAULTS = {
     "dealer_keys": "",
     "api_keys": "",
     "provision_ca": "",
+    "insecure": "0",
     "own_key": "",
     "own_key_key": "",
     "shm": "",
@@ -70,6 +71,8 @@ MANIFESTS: dict[str, dict[str, str]] = {
     "serve an encrypted model": {"model_key": "model", "model_digest": "ab" * 32},
     "serve with a provisioned key": {"model_key": "model", "model_digest": "ab" * 32, "provision_ca": "ca.crt"},
     "serve attested": {"attestation": "gramine"},
+    "runner in clear": {**RUNNER, "insecure": "1"},
+    "server in clear": {**SERVER, "insecure": "1"},
     "serve with an own key": {**WORKERS, **OWN},
     "runner with an own key": {**RUNNER, "worker_keys": "w.key", **OWN},
 }

@@ -67,7 +67,8 @@ class WorkerConfig:
     exist. ``listen`` empty means ``tcp://127.0.0.1:<port>`` and, without a key, shared memory at a place that enclaves
     of the same user know (``transport/nearby.py``); for a dealer port 50052 alone. ``key`` names the file of a secret
     key; None means links in clear. ``allow``: the public keys of the clients that may connect, as files or as text;
-    empty means any client that knows this worker's. ``serves``: float products (``open``), exact products of int8
+    empty means any client that knows this worker's. ``insecure``: whether it may listen beyond this machine without a
+    key. ``serves``: float products (``open``), exact products of int8
     codes (``exact``), a dealer's mask products (``masks``), or by the model: ``exact`` for a packed one.
     ``cuda_graphs``: whether a GPU's products that repeat are captured. ``metrics``: where Prometheus reads what it
     does, ``host:port``; None means nowhere. ``log_level`` and ``log_format``: what is logged to standard error, and how
@@ -85,6 +86,7 @@ class WorkerConfig:
     max_message_bytes: int = _setting(1 << 30, "TSQP_MAX_MESSAGE_BYTES", limits=(1 << 16, _MAX_MESSAGE_BYTES))
     key: str | None = _setting(None, "TSQP_KEY")
     allow: tuple[str, ...] = _setting((), "TSQP_ALLOW")
+    insecure: str = _setting("off", "TSQP_INSECURE", choices=("on", "off"))
     serves: str = _setting("auto", "TSQP_SERVES", choices=SERVICES)
     cuda_graphs: str = _setting("on", "TSQP_CUDA_GRAPHS", choices=("on", "off"))
     metrics: str | None = _setting(None, "TSQP_METRICS")
@@ -99,7 +101,7 @@ class EnclaveConfig:
     ``worker`` None means: one of this user's with this model that runs on the default port here, else one started for
     the run. ``worker_key``: the worker's public key, as a file or as text; None means a link in clear.
     ``own_key`` names the file of a secret key that encrypted links use, for peers that let only some in; None means a
-    fresh one for each connection. ``masks`` None
+    fresh one for each connection. ``insecure``: whether a link may leave this machine without a key. ``masks`` None
     means ``dealers`` where there are any, else ``enclave``; ``dealer_keys`` are the dealers' public keys in the same
     order. ``mask_pool`` is for how many tokens masks are kept ready; None means one prompt in ``tsqp prefill``, what a
     step can take in an engine, and none in a library call. ``codes`` names a packed model whose ``worker/`` is on this
@@ -116,6 +118,7 @@ class EnclaveConfig:
     worker: str | None = _setting(None, "LLAMA_GPU_ENDPOINT")
     worker_key: str | None = _setting(None, "TSQP_WORKER_KEY")
     own_key: str | None = _setting(None, "TSQP_OWN_KEY")
+    insecure: str = _setting("off", "TSQP_INSECURE", choices=("on", "off"))
     dtype: str = _setting("float32", "LLAMA_DTYPE", choices=DTYPES)
     wire_dtype: str | None = _setting(None, "TSQP_WIRE_DTYPE", choices=WIRE_DTYPES)
     level: str = _setting("open", "TSQP_LEVEL", choices=LEVELS)

@@ -14,7 +14,7 @@ import torch
 from tsqp.checked import checked, expected_worker
 from tsqp.config import EXACT_LEVELS, EnclaveConfig
 from tsqp.enclave.codes import DirectoryCodes, read_codes
-from tsqp.enclave.connect import Peer, Wrap, connect, meet
+from tsqp.enclave.connect import Peer, Wrap, check_peer_link, connect, meet
 from tsqp.enclave.dealers import check_dealers, dealer_peers
 from tsqp.errors import ConfigError, InputError, ModelMismatchError, printable
 from tsqp.loaded import OnStep, Runnable, Stepper, cutting, shares_cores, step_groups, taking_turns
@@ -146,7 +146,6 @@ def check_peers(level: str, config: EnclaveConfig) -> None:
         TsqpError: as ``runnable`` does for them.
     """
     worker = _worker_peer(config, level, None)
-    parse(worker.address)
     dealers = _dealers(config, level, None)
     if dealers:
         check_dealers(worker, dealers, lambda _sentence: None)
@@ -170,7 +169,9 @@ def _worker_peer(config: EnclaveConfig, level: str, wrap: Wrap | None) -> Peer:
     if config.worker is None:
         raise InputError(f"the level {level!r} needs a worker's address.")
     key = load_public(config.worker_key) if config.worker_key is not None else None
-    return Peer(address=config.worker, key=key, own=_own_key(config), wrap=wrap)
+    peer = Peer(address=config.worker, key=key, own=_own_key(config), wrap=wrap)
+    check_peer_link(peer, config)
+    return peer
 
 
 def _own_key(config: EnclaveConfig) -> KeyPair | None:

@@ -82,12 +82,14 @@ def _run(level: str, default_tokens: int) -> None:
 
 
 def _prefill(config: EnclaveConfig, tokens: int, batch: int) -> None:
-    from tsqp.levels import open_model, runnable  # noqa: PLC0415  torch loads here
+    from tsqp.levels import check_peers, open_model, runnable  # noqa: PLC0415  torch loads here
     from tsqp.model.architecture import linear_groups, module_count  # noqa: PLC0415
     from tsqp.prefill import prompt_ids  # noqa: PLC0415
 
     set_threads(config.threads)
     config = replace(config, worker=config.worker or DEFAULT_ENDPOINT)
+    if config.level == "open":
+        check_peers("open", config)
     with progress() as step:
         model = open_model(config.model, config.level, step)
         ids = prompt_ids(model.architecture, model.tokenizer, None, tokens)

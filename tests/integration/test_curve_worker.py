@@ -22,7 +22,7 @@ from workers import free_port, running_worker
 from tsqp.cli import app
 from tsqp.config import EnclaveConfig, WorkerConfig
 from tsqp.enclave.connect import Peer, connect
-from tsqp.errors import PeerKeyError, SetupError
+from tsqp.errors import ConfigError, PeerKeyError, SetupError, TransportError
 from tsqp.launch import local_worker
 from tsqp.model.architecture import read_config, weight_shapes
 from tsqp.model.digest import model_digest
@@ -182,7 +182,10 @@ def test_the_note_about_a_link_in_clear_is_for_links_in_clear(tiny_llama: Path, 
     code, _, err = run("prefill", *where, "--worker-key", keyed.public)
     assert code == 0, err
     assert "unencrypted" not in err
-    _, _, err = run("prefill", *where)
+    code, _, err = run("prefill", *where)
+    assert code == 3
+    assert "is beyond this machine, and without a key everything would cross the network in clear" in err
+    _, _, err = run("prefill", *where, "--insecure")
     assert "is not on this machine: activations travel to it unencrypted" in err
 
 
@@ -197,12 +200,36 @@ def test_the_workers_notice_says_whether_links_are_encrypted(
         listen=(f"0.0.0.0:{free_port()}",),
         threads=torch.get_num_threads(),
         key=str(keyed.secret) if encrypted else None,
+        insecure="off" if encrypted else "on",
     )
     running = open_worker(config, Progress(notices.append, lambda _name, _done: None))
     running.transport.close()
     (notice,) = [notice for notice in notices if "open to the network" in notice]
     assert ("unencrypted" in notice) is not encrypted
     assert running.public_key == (load_public(keyed.public).decode() if encrypted else None)
+
+
+@pytest.mark.parametrize(("command", "port"), [("worker", "50051"), ("dealer", "50052")])
+def test_beyond_this_machine_nobody_listens_in_clear_unasked(tiny_llama: Path, command: str, port: str) -> None:
+    code, _, err = run(command, "--model", tiny_llama, "--listen", "127.0.0.1:1", "--listen", f"0.0.0.0:{port}")
+    assert code == 3
+    assert f"0.0.0.0:{port} is beyond this machine, and without a key everything would cross the network" in err
+    assert "('tsqp keys new')" in err
+    assert "or say --insecure (TSQP_INSECURE=on)" in err
+
+
+def test_a_program_meets_nobody_in_clear_beyond_this_machine(tiny_llama: Path) -> None:
+    architecture, checkpoint = read_config(tiny_llama), Checkpoint(tiny_llama)
+    checkpoint.require(weight_shapes(architecture))
+    away, digest = Peer(address="192.0.2.7:1"), model_digest(architecture, checkpoint)
+    with (
+        pytest.raises(ConfigError, match="is beyond this machine"),
+        connect(away, EnclaveConfig(), architecture, digest),
+    ):
+        pass
+    meant = EnclaveConfig(insecure="on", connect_timeout_s=0.01)
+    with pytest.raises(TransportError), connect(away, meant, architecture, digest):
+        pass
 
 
 def test_a_worker_reports_its_public_key_and_shows_its_secret_nowhere(tiny_llama: Path, keyed: Keyed) -> None:

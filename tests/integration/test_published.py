@@ -124,6 +124,19 @@ def test_runner_without_a_server_names_host_and_port_and_fails(tiny_llama: Path)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "variable"), [("server.py", "TSQP_LISTEN"), ("tee_runner.py", "LLAMA_GPU_ENDPOINT")]
+)
+def test_the_scripts_use_the_network_in_clear_only_if_that_is_said(script: str, variable: str, tmp_path: Path) -> None:
+    """Before the model is looked for, which is not there."""
+    address = f"0.0.0.0:{free_port()}"
+    environment = {"LLAMA_MODEL_PATH": str(tmp_path / "none"), "LLAMA_GPU_DEVICE": "cpu", variable: address}
+    for said, complaint in (("off", f"{address} is beyond this machine"), ("on", str(tmp_path / "none"))):
+        done = run("tee_gpu", script, **environment, TSQP_INSECURE=said)
+        assert done.returncode == 3
+        assert complaint in " ".join(done.stderr.split())
+
+
 def test_a_gpu_that_was_asked_for_and_is_missing_is_an_error(tiny_llama: Path) -> None:
     environment = {"LLAMA_GPU_DEVICE": "cuda:99", "LLAMA_MODEL_PATH": str(tiny_llama)}
     done = run("tee_gpu", "server.py", **environment)

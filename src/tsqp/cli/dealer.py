@@ -32,6 +32,9 @@ def dealer(
             show_default="whoever has this key's public part",
         ),
     ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without a key, in clear.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda:N.", show_default="cuda:0 where there is one")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
     metrics: Annotated[
@@ -57,5 +60,6 @@ def dealer(
         "log_level": log_level,
         "log_format": log_format,
         "allow": tuple(allow) if allow else None,
+        "insecure": "on" if insecure else None,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)

@@ -48,6 +48,9 @@ def generate(
             show_default="a fresh one for each link",
         ),
     ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let links without a key leave this machine, in clear.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -62,8 +65,17 @@ def generate(
 ) -> None:
     """Continue a prompt and print the text as it comes. Counts go to standard error."""
     with reported(as_json=False):
-        flags = {"model": model, "level": level, "worker": worker, "worker_key": worker_key, "own_key": own_key}
-        enclave = settings.load(EnclaveConfig, {**flags, "dtype": dtype, "threads": threads})
+        flags = {
+            "model": model,
+            "level": level,
+            "worker": worker,
+            "worker_key": worker_key,
+            "own_key": own_key,
+            "insecure": "on" if insecure else None,
+            "dtype": dtype,
+            "threads": threads,
+        }
+        enclave = settings.load(EnclaveConfig, flags)
         sampling = Sampling(
             temperature=temperature,
             top_p=top_p,
@@ -82,12 +94,14 @@ def _run(
 ) -> None:
     from tsqp.engine.loop import open_engine
     from tsqp.engine.memory import memory
-    from tsqp.levels import open_model
+    from tsqp.levels import check_peers, open_model
 
     threads = set_threads(enclave.threads)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     with ExitStack() as stack:
         with progress() as step:
+            if enclave.level in WORKER_LEVELS and enclave.worker:
+                check_peers(enclave.level, enclave)
             model = open_model(enclave.model, enclave.level, step)
             generation = Generation(
                 prompt_ids=tuple(_prompt_ids(model, prompt, chat=chat)),

@@ -55,6 +55,9 @@ def prefill(
             show_default="a fresh one for each link",
         ),
     ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let links without a key leave this machine, in clear.")
+    ] = False,
     masks: Annotated[
         str | None,
         typer.Option(help="masked: who computes mask products, enclave or dealers.", show_default="enclave"),
@@ -112,6 +115,7 @@ def prefill(
             "worker": worker,
             "worker_key": worker_key,
             "own_key": own_key,
+            "insecure": "on" if insecure else None,
             "masks": masks,
             "dealers": tuple(dealer) if dealer else None,
             "dealer_keys": tuple(dealer_key) if dealer_key else None,
@@ -164,13 +168,15 @@ def _run(
 
     from tsqp import prefill as runs
     from tsqp.enclave.mask_pool import largest_pool
-    from tsqp.levels import check_options, open_model, runnable
+    from tsqp.levels import check_options, check_peers, open_model, runnable
     from tsqp.model.architecture import linear_groups
     from tsqp.transport.urls import parse
 
     threads = set_threads(config.threads)
     with ExitStack() as stack:
         step = stack.enter_context(progress())
+        if config.level in WORKER_LEVELS and config.worker:
+            check_peers(config.level, config)
         model = open_model(config.model, config.level, step)
         ids = runs.prompt_ids(model.architecture, model.tokenizer, text, tokens)
         ids_BT = torch.tensor([ids] * batch)

@@ -71,6 +71,9 @@ def serve(
             show_default="a fresh one for each link",
         ),
     ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let links without a key leave this machine, in clear.")
+    ] = False,
     masks: Annotated[
         str | None,
         typer.Option(help="masked: who computes mask products, enclave or dealers.", show_default="enclave"),
@@ -157,6 +160,7 @@ def serve(
                 "model": model,
                 "level": level,
                 "own_key": own_key,
+                "insecure": "on" if insecure else None,
                 "masks": masks,
                 "dealers": tuple(dealer) if dealer else None,
                 "dealer_keys": tuple(dealer_key) if dealer_key else None,

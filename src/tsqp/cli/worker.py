@@ -50,6 +50,9 @@ def worker(
             show_default="whoever has this key's public part",
         ),
     ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without a key, in clear.")
+    ] = False,
     cuda_graphs: Annotated[
         str | None, typer.Option(help="on or off: capture a GPU's products that repeat.", show_default="on")
     ] = None,
@@ -77,6 +80,7 @@ def worker(
         "log_level": log_level,
         "log_format": log_format,
         "allow": tuple(allow) if allow else None,
+        "insecure": "on" if insecure else None,
         "cuda_graphs": cuda_graphs,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)

@@ -16,7 +16,7 @@ from tsqp.model.architecture import LlamaConfig, linear_groups
 from tsqp.transport.base import ClientTransport
 from tsqp.transport.client import open_client
 from tsqp.transport.keys import KeyPair
-from tsqp.transport.urls import parse
+from tsqp.transport.urls import check_clear, parse
 from tsqp.wire import codec
 from tsqp.wire.messages import Welcome
 
@@ -52,6 +52,17 @@ class Peer:
     wrap: Wrap | None = None
 
 
+def check_peer_link(peer: Peer, config: EnclaveConfig) -> None:
+    """Refuse an address that is none, and a link in clear that would leave this machine.
+
+    Raises:
+        ConfigError: it is refused.
+    """
+    endpoint = parse(peer.address)
+    if peer.key is None:
+        check_clear(endpoint, insecure=config.insecure == "on")
+
+
 def meet(peer: Peer, config: EnclaveConfig, expected: Expected, meter: Meter | None = None) -> tuple[Session, Welcome]:
     """Connect to a peer and check that it is the right one.
 
@@ -62,11 +73,13 @@ def meet(peer: Peer, config: EnclaveConfig, expected: Expected, meter: Meter | N
         meter: where the session's costs are counted.
 
     Raises:
+        ConfigError: as ``check_peer_link`` does.
         PeerKeyError: what answers does not hold that key.
         KeyRefusedError: it does, and does not let this process in.
         TransportError: nothing answers there.
         ProtocolError, ModelMismatchError: what answers is not the right peer.
     """
+    check_peer_link(peer, config)
     transport: ClientTransport = open_client(parse(peer.address), config.max_message_bytes, peer.key, peer.own)
     role: Role = "dealer" if expected.serves == "masks" else "worker"
     session = Session(peer.wrap(transport) if peer.wrap else transport, config.request_timeout_s, meter, role)

@@ -57,6 +57,24 @@ class Endpoint:
         return self.url if self.path else f"{self.host}:{self.port}"
 
 
+def check_clear(endpoint: Endpoint, *, insecure: bool) -> None:
+    """Refuse a link without encryption that leaves this machine, unless it was asked for by that name.
+
+    Args:
+        endpoint: where a link without a key would listen, or lead to.
+        insecure: what the user said (``--insecure``).
+
+    Raises:
+        ConfigError: it is refused.
+    """
+    if not (insecure or endpoint.stays_on_this_machine):
+        raise ConfigError(
+            f"{endpoint} is beyond this machine, and without a key everything would cross the network in clear: "
+            "make one ('tsqp keys new') and give it to both sides (--key where it listens, --worker-key or "
+            "--dealer-key where it is used), or say --insecure (TSQP_INSECURE=on)."
+        )
+
+
 def parse(text: str) -> Endpoint:
     """Read an address: ``host:port`` (which means tcp), ``tcp://host:port``, ``ipc:///path`` or ``shm:///path``.
 

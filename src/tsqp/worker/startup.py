@@ -24,7 +24,7 @@ from tsqp.threads import set_threads
 from tsqp.transport.keys import KeyPair, load_allowed, load_secret
 from tsqp.transport.nearby import make_nearby
 from tsqp.transport.server import Server
-from tsqp.transport.urls import Endpoint, parse
+from tsqp.transport.urls import Endpoint, check_clear, parse
 from tsqp.wire import codec
 from tsqp.wire.messages import Service
 from tsqp.worker.dispatch import Dispatcher
@@ -81,6 +81,7 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         hangup_fd: the worker stops when this file descriptor closes, such as a pipe from its parent.
 
     Raises:
+        ConfigError: an address beyond this machine, no key, and nobody said that this is meant.
         SetupError: device or key missing, address in use, model missing or too large.
     """
     threads = set_threads(config.threads)
@@ -91,6 +92,8 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
     if config.serves == "masks":
         _check_dealer(endpoints, key, progress)
     for endpoint in endpoints:
+        if key is None:
+            check_clear(endpoint, insecure=config.insecure == "on")
         if not endpoint.stays_on_this_machine:
             _tell_exposure(endpoint, key, allowed, progress)
     with ExitStack() as opened:

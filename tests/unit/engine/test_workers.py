@@ -378,7 +378,7 @@ def test_errors_that_are_kept_hold_no_frames(places: Places) -> None:
 
 
 def each(config: EnclaveConfig | None = None, **settings: Any) -> list[tuple[str | None, str | None]]:
-    made = one_each(config or EnclaveConfig(level="verified"), EngineConfig(**settings))
+    made = one_each(config or EnclaveConfig(level="verified", insecure="on"), EngineConfig(**settings))
     return [(one.worker, one.worker_key) for one in made]
 
 
@@ -412,7 +412,7 @@ def test_workers_that_cannot_work_are_refused_before_anything_is_opened(
     config: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TsqpError, match=message):
-        each(EnclaveConfig(**{"level": "verified", **config}), **settings)
+        each(EnclaveConfig(**{"level": "verified", "insecure": "on", **config}), **settings)
 
 
 def test_a_key_file_of_a_later_worker_must_be_there(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ HOSTILE = {
     "TSQP_API_KEYS": "/hostile/keys",
     "TSQP_TLS_KEY": "/hostile/tls.pem",
     "TSQP_REUSE_PREFIXES": "on",
+    "TSQP_INSECURE": "on",
     "TSQP_PADDING": "off",
     "LLAMA_MODEL_PATH": "/hostile/model",
     "LD_PRELOAD": "/hostile/evil.so",
@@ -200,10 +201,20 @@ def test_the_numbers_of_workers_and_dealers_are_those_of_their_keys(
 
 
 def test_without_keys_there_is_one_worker_and_no_dealer() -> None:
-    inside = settings_of(parsed(), LLAMA_GPU_ENDPOINT="a:1", TSQP_WORKERS="b:1,c:1", TSQP_DEALERS="d:1")
-    (only,) = one_each(*configs(inside))
-    assert (only.worker, only.dealers, only.masks, only.level) == ("a:1", (), "enclave", "masked")
+    host = {"LLAMA_GPU_ENDPOINT": "127.0.0.1:1", "TSQP_WORKERS": "b:1,c:1", "TSQP_DEALERS": "d:1"}
+    (only,) = one_each(*configs(settings_of(parsed(), **host)))
+    assert (only.worker, only.dealers, only.masks, only.level) == ("127.0.0.1:1", (), "enclave", "masked")
     check_peers(only.level, only)
+
+
+def test_the_manifest_and_not_the_host_lets_a_link_in_clear_leave_the_machine() -> None:
+    host = {"LLAMA_GPU_ENDPOINT": "a:1", "TSQP_INSECURE": "on"}
+    with pytest.raises(ConfigError, match="a:1 is beyond this machine, and without a key"):
+        one_each(*configs(settings_of(parsed(), **host)))
+    host["TSQP_INSECURE"] = "off"
+    (only,) = one_each(*configs(settings_of(parsed(insecure="1"), **host)))
+    check_peers(only.level, only)
+    assert measured(parsed(insecure="1"))["TSQP_INSECURE"] == "on"
 
 
 @every_manifest

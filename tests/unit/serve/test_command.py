@@ -130,10 +130,18 @@ def test_it_tells_its_address_and_where_the_worker_reads_prompts(
     assert command_line.engine.closed_with == 30.0
 
 
+@pytest.mark.parametrize("level", ["masked", "verified", "open"])
+def test_a_link_in_clear_beyond_this_machine_must_be_asked_for(level: str, command_line: Served) -> None:
+    done = CliRunner().invoke(command_line.app, ["--port", "0", "--level", level, "--worker", "192.0.2.7:50051"])
+    assert done.exit_code == 3
+    assert "192.0.2.7:50051 is beyond this machine" in done.stderr
+    assert not command_line.settings
+
+
 @pytest.mark.parametrize(("level", "told"), [("masked", False), ("verified", True), ("open", True)])
 def test_it_says_which_links_others_can_read(level: str, told: bool, command_line: Served) -> None:  # noqa: FBT001
     workers = ["--worker", "192.0.2.7:50051", "--worker", "127.0.0.1:1"]
-    done = command_line.run("--level", level, *workers)
+    done = command_line.run("--level", level, "--insecure", *workers)
     sentence = "192.0.2.7:50051 is not on this machine: activations travel to it unencrypted."
     assert (sentence in done.stderr) == told
     assert "127.0.0.1:1 is" not in done.stderr
@@ -160,7 +168,7 @@ def test_options_reach_the_engine(command_line: Served) -> None:
     words = (
         "--kv-memory 5000000 --max-running 7 --max-queued 9 --step-tokens 128 --default-tokens 50 --reuse-prefixes off"
     )
-    command_line.run("--worker", "a:1", "--worker", "b:1", *words.split())
+    command_line.run("--insecure", "--worker", "a:1", "--worker", "b:1", *words.split())
     ((enclave, engine),) = command_line.settings
     assert enclave.worker is None
     assert engine == EngineConfig(
