@@ -68,7 +68,8 @@ class WorkerConfig:
     of the same user know (``transport/nearby.py``); for a dealer port 50052 alone. ``key`` names the file of a secret
     key; None means links in clear. ``allow``: the public keys of the clients that may connect, as files or as text;
     empty means any client that knows this worker's. ``insecure``: whether it may listen beyond this machine without a
-    key. ``serves``: float products (``open``), exact products of int8
+    key. ``memory_limit``: at how many bytes of its own memory the process ends; None allows what the model takes and
+    room beside it. ``serves``: float products (``open``), exact products of int8
     codes (``exact``), a dealer's mask products (``masks``), or by the model: ``exact`` for a packed one.
     ``cuda_graphs``: whether a GPU's products that repeat are captured. ``metrics``: where Prometheus reads what it
     does, ``host:port``; None means nowhere. ``log_level`` and ``log_format``: what is logged to standard error, and how
@@ -87,6 +88,7 @@ class WorkerConfig:
     key: str | None = _setting(None, "TSQP_KEY")
     allow: tuple[str, ...] = _setting((), "TSQP_ALLOW")
     insecure: str = _setting("off", "TSQP_INSECURE", choices=("on", "off"))
+    memory_limit: int | None = _setting(None, "TSQP_MEMORY_LIMIT", limits=(1, 1 << 50))
     serves: str = _setting("auto", "TSQP_SERVES", choices=SERVICES)
     cuda_graphs: str = _setting("on", "TSQP_CUDA_GRAPHS", choices=("on", "off"))
     metrics: str | None = _setting(None, "TSQP_METRICS")

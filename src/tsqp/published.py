@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,14 +32,17 @@ def server() -> None:
 
 def _serve() -> None:
     """Start the worker; its settings are environment variables (README.md)."""
-    with reported(as_json=False):
+    with reported(as_json=False), ExitStack() as stack:
         config = settings.load(WorkerConfig)
         logs.set_up(config.log_level, config.log_format)
         share_cores()
-        from tsqp.worker.startup import Progress, open_worker  # noqa: PLC0415  torch loads here
+        from tsqp.worker.limits import watched  # noqa: PLC0415  torch loads here
+        from tsqp.worker.startup import Progress, open_worker  # noqa: PLC0415
 
+        limits = stack.enter_context(watched(config.memory_limit, config.max_message_bytes))
         with progress() as step:
             running = open_worker(config, Progress(notice, step))
+            limits.loaded()
         typer.echo(f"Model: {running.model}")
         typer.echo(f"Device: {running.device}")
         typer.echo(f"Dtype: {running.dtype}")

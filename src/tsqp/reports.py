@@ -24,6 +24,7 @@ class WorkerReady(Struct, frozen=True, kw_only=True):
     ``serves``: ``open`` float products, ``exact`` products of int8 codes, ``masks`` a dealer's mask products.
 
     ``public_key`` is what enclaves must be given to talk to it, in z85; null where its links are in clear.
+    ``memory_limit`` is the number of bytes of its own memory beyond which it ends; null where that cannot be watched.
     """
 
     model: str
@@ -36,6 +37,7 @@ class WorkerReady(Struct, frozen=True, kw_only=True):
     endpoints: list[str]
     protocol: int
     public_key: str | None
+    memory_limit: int | None
 
 
 class KeysReport(Struct, frozen=True, kw_only=True):

@@ -35,6 +35,13 @@ def dealer(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine without a key, in clear.")
     ] = False,
+    memory_limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes of memory beyond which the process ends, to be started again.",
+            show_default="what the model takes and 8 GiB",
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda:N.", show_default="cuda:0 where there is one")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
     metrics: Annotated[
@@ -61,5 +68,6 @@ def dealer(
         "log_format": log_format,
         "allow": tuple(allow) if allow else None,
         "insecure": "on" if insecure else None,
+        "memory_limit": memory_limit,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,6 +53,13 @@ def worker(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine without a key, in clear.")
     ] = False,
+    memory_limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes of memory beyond which the process ends, to be started again.",
+            show_default="what the model takes and 8 GiB",
+        ),
+    ] = None,
     cuda_graphs: Annotated[
         str | None, typer.Option(help="on or off: capture a GPU's products that repeat.", show_default="on")
     ] = None,
@@ -81,6 +88,7 @@ def worker(
         "log_format": log_format,
         "allow": tuple(allow) if allow else None,
         "insecure": "on" if insecure else None,
+        "memory_limit": memory_limit,
         "cuda_graphs": cuda_graphs,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)
@@ -94,16 +102,19 @@ def serve(flags: Mapping[str, object], *, as_json: bool, exit_with_parent: bool)
         as_json: print one JSON object when ready.
         exit_with_parent: stop when standard input closes.
     """
-    with reported(as_json=as_json):
+    with reported(as_json=as_json), ExitStack() as stack:
         config = settings.load(settings.WorkerConfig, flags)
         logs.set_up(config.log_level, config.log_format)
         share_cores()
         from tsqp.reports import WorkerReady
+        from tsqp.worker.limits import watched
         from tsqp.worker.startup import Progress, open_worker
 
+        limits = stack.enter_context(watched(config.memory_limit, config.max_message_bytes))
         hangup_fd = sys.stdin.fileno() if exit_with_parent else None
         with progress() as step, ending_with_parent(hangup_fd) if hangup_fd is not None else nullcontext():
             running = open_worker(config, Progress(notice, step), hangup_fd)
+            limits.loaded()
         ready = WorkerReady(
             model=running.model,
             model_digest=running.digest,
@@ -115,6 +126,7 @@ def serve(flags: Mapping[str, object], *, as_json: bool, exit_with_parent: bool)
             endpoints=[endpoint.url for endpoint in running.endpoints],
             protocol=PROTOCOL_VERSION,
             public_key=running.public_key,
+            memory_limit=limits.memory_bytes,
         )
         if as_json:
             print_json(ready)

@@ -44,6 +44,16 @@ _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
 _MECHANISM = slice(12, 32)
 _GREETING_BYTES = 32
 _CURVE = b"CURVE"
+# How many messages of a client libzmq takes in before the worker asks for them; the rest waits on the client's side.
+_WAITING = 16
+# How many frames of a message are kept: more than any valid one has. The others are received, as they must be, and
+# dropped.
+_KEPT_FRAMES = 16
+# A connection that has not shaken hands by then is closed.
+_HANDSHAKE_MS = 10_000
+# How often libzmq asks a silent client whether it is there, and how long that may take: the longest frame, on a slow
+# link.
+_HEARTBEAT_MS, _ALIVE_MS = 60_000, 300_000
 # What a UNIX socket may hold unread: the largest tensors of a 128-token prefill whole. The kernel caps it at
 # net.core.wmem_max; at its default of 208 KB, both ends wake each other a dozen times per tensor.
 _IPC_BUFFER_BYTES = 4 << 20
@@ -197,6 +207,10 @@ class ZmqListener:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if key else 0))
+        self._socket.setsockopt(zmq.RCVHWM, _WAITING)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _ALIVE_MS)
         if key:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
@@ -219,13 +233,24 @@ class ZmqListener:
             _deepen(zmq.utils.monitor.recv_monitor_message(self._monitor)["value"])
         if self._socket not in ready:
             return None
-        identity, *rest = self._socket.recv_multipart(copy=False)
-        frames = tuple(frame.buffer for frame in rest)
+        identity = self._socket.recv(copy=False)
+        frames = tuple(frame.buffer for frame in self._rest())
         route = [identity.bytes]
         legacy = bool(frames) and len(frames[0]) == 0
         if legacy:
             route, frames = [identity.bytes, b""], frames[1:]
         return Incoming(frames, legacy, partial(self._reply, route))
+
+    def _rest(self) -> list[zmq.Frame]:
+        """Receive a message's frames after the first, and keep so many that one has too many still has."""
+        kept: list[zmq.Frame] = []
+        more = True
+        while more:
+            frame = self._socket.recv(copy=False)
+            if len(kept) < _KEPT_FRAMES:
+                kept.append(frame)
+            more = frame.more
+        return kept
 
     def _reply(self, route: list[bytes], frames: Sequence[Buffer]) -> None:
         self._socket.send_multipart([*route, *frames], copy=False)
