@@ -243,6 +243,12 @@ def test_settings_that_would_serve_strangers_are_refused(
     check_exposure(ServeConfig(), notices.append)
     check_exposure(ServeConfig(host="192.0.2.1", api_keys="f", tls_cert=cert, tls_key=key), notices.append)
     assert notices == []
+    certificate[1].chmod(0o640)
+    check_exposure(ServeConfig(tls_cert=cert, tls_key=key), notices.append)
+    certificate[1].chmod(0o604)
+    with pytest.raises(ConfigError, match=rf"{key} can be read by everybody on this machine \(mode 0604\)"):
+        check_exposure(ServeConfig(tls_cert=cert, tls_key=key), notices.append)
+    certificate[1].chmod(0o600)
     check_exposure(ServeConfig(host="192.0.2.1", api_keys="f"), notices.append)
     assert len(notices) == 1
     monkeypatch.setattr("tsqp.serve.server.tee_name", lambda: "SGX")

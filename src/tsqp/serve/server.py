@@ -8,9 +8,11 @@ import logging
 import signal
 import socket
 import ssl
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -188,11 +190,18 @@ def _check_certificate(settings: ServeConfig) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
             settings.tls_cert or "", settings.tls_key, password=refuse_password
         )
+        # A group may read it: that is how systemd shows a credential, and Debian a key to its servers.
+        mode = stat.S_IMODE(Path(settings.tls_key or "").stat().st_mode)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{settings.tls_cert} and {settings.tls_key} are no certificate and its key in PEM form: "
             f"{getattr(error, 'reason', None) or error.args[-1]}."
         ) from error
+    if mode & stat.S_IRWXO:
+        raise ConfigError(
+            f"{settings.tls_key} can be read by everybody on this machine (mode {mode:04o}): run 'chmod o=' on it, or "
+            "make a new key."
+        )
 
 
 def _is_loopback(host: str) -> bool:

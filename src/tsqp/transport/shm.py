@@ -32,7 +32,7 @@ from tsqp.transport.base import Buffer, Delivery, Incoming
 from tsqp.transport.guests import PATIENCE_S, RETRY_S, Guest, Guests
 from tsqp.transport.link import Link
 from tsqp.transport.region import REFUSAL, SocketBell, accept_region, hand_over, make_region
-from tsqp.transport.sockets import check_free, owner_only
+from tsqp.transport.sockets import check_free, check_own, owner_only
 from tsqp.transport.urls import Endpoint
 
 _CONNECT_S = 5.0
@@ -139,8 +139,9 @@ def connect_socket(endpoint: Endpoint, max_message_bytes: int) -> ShmClient:
 
     Raises:
         AbsentPeerError: nothing listens there.
-        SetupError: it cannot be connected to, or this machine has no room for the region.
+        SetupError: the socket is not this user's alone, it cannot be connected to, or there is no room for the region.
     """
+    check_own(endpoint)
     try:
         region, descriptor = make_region(max_message_bytes)
     except OSError as error:

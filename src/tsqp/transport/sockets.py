@@ -24,6 +24,34 @@ def owner_only() -> Iterator[None]:
         os.umask(mask)
 
 
+def check_own(endpoint: Endpoint) -> None:
+    """Refuse a socket that is not this user's alone, or in whose place somebody else could put one.
+
+    Nothing but its path says who listens there. One that is not there is let be: to connect to it fails.
+
+    Raises:
+        SetupError: it is refused.
+    """
+    path = Path(endpoint.path)
+    try:
+        made, around = path.stat(), path.parent.stat()
+    except OSError:
+        return
+    mode = stat.S_IMODE(made.st_mode)
+    if made.st_uid != os.getuid() or mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise SetupError(
+            f"{endpoint} is not yours alone (owner {made.st_uid}, mode {mode:04o}): expected a socket of owner "
+            f"{os.getuid()}, mode 0600, as a worker of yours makes it. To use another user's worker give its key, over "
+            "ipc or tcp."
+        )
+    others_write = around.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not around.st_mode & stat.S_ISVTX
+    if around.st_uid not in (os.getuid(), 0) or others_write:
+        raise SetupError(
+            f"others could put a socket of theirs in the place of {endpoint} (its directory has owner {around.st_uid}, "
+            f"mode {stat.S_IMODE(around.st_mode):04o}): choose a directory that only you can write to."
+        )
+
+
 def check_free(endpoint: Endpoint) -> None:
     """Refuse a path that holds a live socket or any other file; binding would silently take its place.
 

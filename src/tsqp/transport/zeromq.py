@@ -29,7 +29,7 @@ from tsqp.errors import (
 from tsqp.transport.allowing import AllowList
 from tsqp.transport.base import Buffer, Delivery, Incoming
 from tsqp.transport.keys import KeyPair, check_public, ephemeral
-from tsqp.transport.sockets import check_free, owner_only
+from tsqp.transport.sockets import check_free, check_own, owner_only
 from tsqp.transport.urls import Endpoint
 
 _REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -97,6 +97,9 @@ class ZmqClient:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         self._is_connected = False
+        # Whose socket answers is looked at before the first answer is believed, which is to a greeting without secrets:
+        # before that nobody may listen yet. A peer with a key has proved who it is.
+        self._unknown = bool(endpoint.path) and server_key is None
         try:
             self._socket.connect(endpoint.url)
         except zmq.ZMQError as error:
@@ -115,11 +118,18 @@ class ZmqClient:
         """Do nothing: there are no slots."""
 
     def receive(self, timeout_s: float) -> Delivery:
-        """Wait for one message; see ``ClientTransport.receive``. Its memory is libzmq's, and ours alone."""
+        """Wait for one message; see ``ClientTransport.receive``. Its memory is libzmq's, and ours alone.
+
+        Raises:
+            SetupError: the socket it comes from, without a key, is not this user's alone.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             ready = dict(self._poller.poll(math.ceil(max(0.0, deadline - time.monotonic()) * 1000)))
             if self._socket in ready:
+                if self._unknown:
+                    check_own(self._endpoint)
+                    self._unknown = False
                 return Delivery([frame.buffer for frame in self._socket.recv_multipart(copy=False)])
             if self._monitor in ready:
                 self._read_event()

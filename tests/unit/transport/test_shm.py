@@ -24,6 +24,7 @@ from tsqp.transport import guests, region, shm, spinning
 from tsqp.transport.base import Incoming
 from tsqp.transport.server import Server
 from tsqp.transport.shm import ShmClient, connect_socket
+from tsqp.transport.sockets import owner_only
 from tsqp.transport.urls import Endpoint, parse
 
 LIMIT_BYTES = 1 << 16
@@ -432,7 +433,7 @@ def test_nobody_there_is_said_at_once(endpoint: Endpoint) -> None:
 
 def test_a_socket_that_nobody_listens_on_is_nobody_there(endpoint: Endpoint) -> None:
     """A worker that crashed leaves it behind."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+    with owner_only(), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
         left.bind(endpoint.path)
     with pytest.raises(AbsentPeerError, match="Connection refused"):
         connect_socket(endpoint, LIMIT_BYTES)
