@@ -46,6 +46,7 @@ from tsqp.errors import (
 )
 from tsqp.levels import Model, runnable
 from tsqp.loaded import Runnable
+from tsqp.transport.keys import KeyPair
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec, messages
 from tsqp.worker.dispatch import Dispatcher
@@ -66,7 +67,7 @@ class Level:
         ]
         places = {parse(peer.address): peer for peer in (self.worker, *self.helpers)}
 
-        def open_link(endpoint: Endpoint, _limit: int, _key: bytes | None) -> object:
+        def open_link(endpoint: Endpoint, _limit: int, _key: bytes | None, _own: KeyPair | None) -> object:
             return places[endpoint].link()
 
         monkeypatch.setattr(connect, "open_client", open_link)
@@ -76,6 +77,7 @@ class Level:
         model = Model(self.material.directory, self.material.packed.config, None, self.material.packed)
         config = EnclaveConfig(
             worker=WORKER_ADDRESS,
+            insecure="on",
             dealers=tuple(helper.address for helper in self.helpers),
             dealer_keys=tuple(zmq.curve_keypair()[0].decode() for _ in self.helpers),
             connect_timeout_s=1.0,

@@ -23,6 +23,7 @@ from tsqp.engine import loop
 from tsqp.launch import worker_process
 from tsqp.transport.base import ClientTransport
 from tsqp.transport.client import open_client
+from tsqp.transport.keys import KeyPair
 from tsqp.transport.nearby import find_nearby
 from tsqp.transport.urls import Endpoint
 
@@ -35,9 +36,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The addresses that enclaves of this process connected to."""
     found: list[str] = []
 
-    def noted(endpoint: Endpoint, limit_bytes: int, key: bytes | None) -> ClientTransport:
+    def noted(endpoint: Endpoint, limit_bytes: int, key: bytes | None, own: KeyPair | None) -> ClientTransport:
         found.append(endpoint.url)
-        return open_client(endpoint, limit_bytes, key)
+        return open_client(endpoint, limit_bytes, key, own)
 
     monkeypatch.setattr(connect, "open_client", noted)
     return found
