@@ -5,7 +5,8 @@ both sides have their words in a slot of the shared memory, send that, and relea
 their own. Making and using the words themselves is not timed. Used: the same, and it is timed: each side writes every
 word that it sends and adds up every word that it gets, where they lie, in one thread.
 
-``python -m tsqp.bench.echo serve URL`` answers until its standard input ends; ``serving`` starts it.
+``python -m tsqp.bench.echo serve URL [KEY]`` answers until its standard input ends, with the secret key in a file where
+one is named; ``serving`` starts it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +26,7 @@ from tsqp.errors import InputError, SetupError
 from tsqp.threads import using_threads
 from tsqp.transport.base import Buffer, ClientTransport, Incoming
 from tsqp.transport.client import open_client
+from tsqp.transport.keys import load_secret
 from tsqp.transport.server import Server
 from tsqp.transport.urls import parse
 from tsqp.wire.codec import tensor_of
@@ -60,9 +63,14 @@ def round_trip(endpoint: str, size: int, way: Way, repeats: int = 100) -> float:
 
 
 @contextmanager
-def echo_client(endpoint: str) -> Iterator[EchoClient]:
-    """Open a link for the time of a ``with`` block; to compare endpoints, time them in turns."""
-    link = open_client(parse(endpoint), MAX_MESSAGE_BYTES)
+def echo_client(endpoint: str, server_key: bytes | None = None) -> Iterator[EchoClient]:
+    """Open a link for the time of a ``with`` block; to compare endpoints, time them in turns.
+
+    Args:
+        endpoint: where it leads.
+        server_key: the server's public key; the link is encrypted then.
+    """
+    link = open_client(parse(endpoint), MAX_MESSAGE_BYTES, server_key)
     try:
         yield EchoClient(link)
     finally:
@@ -130,14 +138,19 @@ def _words(frame: Buffer) -> torch.Tensor:
     return tensor_of(TensorSpec("float32", (len(frame) // 4,)), frame)
 
 
-def serve(url: str) -> None:
+def serve(url: str, key: str | None = None) -> None:
     """Answer messages until standard input ends, each with as many bytes in the same way.
 
+    Args:
+        url: where to listen.
+        key: file of the server's secret key.
+
     Raises:
-        SetupError: the address is in use or cannot be bound.
+        SetupError: the address is in use or cannot be bound, or the key cannot be read.
     """
     torch.set_num_threads(1)
-    server = Server([parse(url)], MAX_MESSAGE_BYTES, sys.stdin.fileno())
+    pair = load_secret(key) if key is not None else None
+    server = Server([parse(url)], MAX_MESSAGE_BYTES, sys.stdin.fileno(), pair)
     payloads: dict[int, bytearray] = {}
     try:
         sys.stdout.write(_READY)
@@ -166,13 +179,17 @@ def _answer(incoming: Incoming, payloads: dict[int, bytearray]) -> None:
 
 
 @contextmanager
-def serving(url: str) -> Iterator[None]:
+def serving(url: str, key: Path | None = None) -> Iterator[None]:
     """Run an echo server in a process of its own for the time of a ``with`` block.
+
+    Args:
+        url: where it listens.
+        key: file of its secret key.
 
     Raises:
         SetupError: it does not come up.
     """
-    words = [sys.executable, "-m", "tsqp.bench.echo", "serve", url]
+    words = [sys.executable, "-m", "tsqp.bench.echo", "serve", url, *([str(key)] if key else [])]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         if not process.stdin or not process.stdout or process.stdout.readline() != _READY:
             raise SetupError(f"the echo server at {url} did not start; it says above why.")
@@ -183,6 +200,6 @@ def serving(url: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["serve"] or len(sys.argv) != 3:  # noqa: PLR2004  the command and its address
-        sys.exit("usage: python -m tsqp.bench.echo serve URL")
-    serve(sys.argv[2])
+    if sys.argv[1:2] != ["serve"] or len(sys.argv) not in (3, 4):
+        sys.exit("usage: python -m tsqp.bench.echo serve URL [KEY]")
+    serve(*sys.argv[2:])

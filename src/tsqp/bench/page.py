@@ -326,7 +326,7 @@ def _transport(report: TransportReport) -> list[str]:
         [
             f"{row.name}: {row.settings}",
             *[f"{p.median_s * 1e6:,.0f} ({p.p10_s * 1e6:,.0f} to {p.p90_s * 1e6:,.0f})" for p in row.points],
-            *([row.missing, "", ""] if not row.points else []),
+            *([row.missing, *[""] * (len(SIZES) - 1)] if not row.points else []),
         ]
         for row in report.rows
     ]

@@ -1,4 +1,8 @@
-"""``tsqp bench transport``: round trips of messages, from 4 KB to what a layer moves, over every transport in turns."""
+"""``tsqp bench transport``: round trips of messages, from 4 KB to what a layer moves, over every transport in turns.
+
+A round trip of a size moves as much each way, so that the throughput of one transport by another's is their times'
+ratio, inverted.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -23,9 +28,10 @@ from tsqp.errors import InternalError, SetupError, TsqpError
 from tsqp.launch import DEFAULT_SCHEME
 from tsqp.measurements import Ratio, TransportPoint, TransportReport, TransportRow
 from tsqp.paths import private_socket_directory
+from tsqp.transport.keys import create, read_public
 
-# A small message, one layer's input at 128 tokens (3072 floats each), and what is far larger than a cache.
-SIZES = (4096, 128 * 3072 * 4, 8 << 20)
+# A small message, a megabyte, one layer's input at 128 tokens (3072 floats each), and what is far larger than a cache.
+SIZES = (4096, 1 << 20, 128 * 3072 * 4, 8 << 20)
 _WARM_UP = 2
 # Each turn begins with one round trip that is not counted, so that sleeping processes are awake; before it, a server
 # that still looks for its next message gives up and leaves the cores to the others.
@@ -33,7 +39,10 @@ _TRIPS_PER_TURN = 4
 _PAUSE_S = 0.002
 _START_S = 30.0
 _POLL_S = 0.05
-_FAST, _LARGE = SIZES[0], SIZES[-1]
+_FAST, _MEGABYTE, _LARGE = SIZES[0], SIZES[1], SIZES[-1]
+_ENCRYPTED = "tcp, encrypted"
+# Of the throughput in clear, at a megabyte.
+_LEAST_ENCRYPTED = 0.25
 _USED = "filled and summed"
 _NAMES: dict[Way, str] = {"copied": "copied", "in place": "in place", "used": _USED}
 _DETAILS: dict[Way, str] = {
@@ -107,6 +116,9 @@ def ratios(rows: list[TransportRow]) -> list[Ratio]:
         if name != baseline:
             value, limit = median_s / medians[baseline, size], limits.get((name, size))
             found.append(ratio(f"{size_text(size)}: {name} / {baseline}", value, at_most=limit))
+    if (_ENCRYPTED, _MEGABYTE) in medians:
+        kept = medians["tcp", _MEGABYTE] / medians[_ENCRYPTED, _MEGABYTE]
+        found.append(ratio(f"{size_text(_MEGABYTE)}: throughput, {_ENCRYPTED} / tcp", kept, at_least=_LEAST_ENCRYPTED))
     return found
 
 
@@ -126,6 +138,7 @@ def _ours(stack: ExitStack) -> Iterator[_Subject]:
         yield _Subject(name, settings, _timed(client, "copied"))
         if name == "tcp":
             yield _Subject(f"tcp, {_USED}", f"{settings}; {_DETAILS['used']}", _timed(client, "used"))
+    yield _encrypted(directory, stack)
     if DEFAULT_SCHEME != "shm":
         return
     shared = {
@@ -141,6 +154,15 @@ def _ours(stack: ExitStack) -> Iterator[_Subject]:
             continue
         for way, details in _DETAILS.items():
             yield _Subject(f"{name}, {_NAMES[way]}", f"{settings}; {details}", _timed(client, way))
+
+
+def _encrypted(directory: Path, stack: ExitStack) -> _Subject:
+    """Start an echo server with a key."""
+    public, secret = create(directory, "echo")
+    url = f"tcp://127.0.0.1:{free_port()}"
+    stack.enter_context(serving(url, secret))
+    client = stack.enter_context(echo_client(url, read_public(public)))
+    return _Subject(_ENCRYPTED, "the same with a key: CURVE", _timed(client, "copied"))
 
 
 def _timed(client: EchoClient, way: Way) -> Time:

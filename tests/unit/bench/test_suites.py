@@ -130,6 +130,7 @@ def test_transports_are_compared_with_tcp() -> None:
     found = transport_ratios(
         [
             row("tcp", 1.0),
+            row("tcp, encrypted", 5.0),
             row("tcp, filled and summed", 2.0),
             row("shm, copied", 0.2),
             row("shm, in place", 0.4),
@@ -140,9 +141,10 @@ def test_transports_are_compared_with_tcp() -> None:
     assert judged == {
         "4 KB: shm, copied / tcp": (True, 0.2),
         "8 MB: shm, filled and summed / tcp, filled and summed": (True, 0.25),
+        "1 MB: throughput, tcp, encrypted / tcp": (False, 0.2),
     }
-    assert len(found) == 3 * len(SIZES)
-    assert [size_text(size) for size in SIZES] == ["4 KB", "1.5 MB", "8 MB"]
+    assert len(found) == 4 * len(SIZES) + 1
+    assert [size_text(size) for size in SIZES] == ["4 KB", "1 MB", "1.5 MB", "8 MB"]
 
 
 @pytest.mark.parametrize("chains", [False, True])

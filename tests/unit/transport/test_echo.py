@@ -14,6 +14,7 @@ import torch
 from tsqp.bench.echo import EchoClient, Way, echo_client, round_trip, serving
 from tsqp.errors import InputError, SetupError
 from tsqp.transport.base import Buffer, Delivery
+from tsqp.transport.keys import create, read_public
 
 
 @pytest.mark.parametrize("kind", ["tcp", "ipc", "shm", "named"])
@@ -29,6 +30,13 @@ def test_echoes_come_back(kind: str, tmp_path: Path) -> None:
                 assert 0 < round_trip(url, size, way, repeats=3) < 10
         with echo_client(url) as client, pytest.raises(InputError, match="an echo of 3 bytes: at least 4"):
             client.seconds(3, "in place")
+
+
+def test_echoes_come_back_encrypted(tmp_path: Path) -> None:
+    public, secret = create(tmp_path, "echo")
+    url = f"ipc://{tmp_path}/echo"
+    with serving(url, secret), echo_client(url, read_public(public)) as client:
+        assert client.seconds(1 << 20, "copied") > 0
 
 
 class Mirror:
