@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tsqp.errors import SetupError
-from tsqp.transport import sockets
 from tsqp.transport.base import ClientTransport
 from tsqp.transport.client import open_client
 from tsqp.transport.keys import ephemeral
@@ -55,7 +54,7 @@ def answered(server: Server) -> None:
 
 def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     """Be another user than the one who made the socket and its directory."""
-    monkeypatch.setattr(sockets.os, "getuid", lambda: os.geteuid() + 1)
+    monkeypatch.setattr("os.getuid", lambda: os.geteuid() + 1)
 
 
 Spoil = Callable[[Path, pytest.MonkeyPatch], None]

@@ -39,7 +39,7 @@ def test_by_default_there_is_room_for_eight_messages_or_4_gib(monkeypatch: pytes
     class Plenty:
         available = 1 << 50
 
-    monkeypatch.setattr(limits.psutil, "virtual_memory", Plenty)
+    monkeypatch.setattr("psutil.virtual_memory", Plenty)
     for message, room in ((1 << 30, 8 << 30), (1 << 20, 4 << 30)):
         with watched(None, message) as watch:
             watch.loaded()
