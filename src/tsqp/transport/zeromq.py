@@ -14,6 +14,7 @@ import socket as unix
 import time
 from collections.abc import Container, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import zmq
 import zmq.utils.monitor
@@ -26,11 +27,13 @@ from tsqp.errors import (
     TransportClosedError,
     TransportTimeoutError,
 )
-from tsqp.transport.allowing import AllowList
 from tsqp.transport.base import Buffer, Delivery, Incoming
 from tsqp.transport.keys import KeyPair, check_public, ephemeral
 from tsqp.transport.sockets import check_free, check_own, owner_only
 from tsqp.transport.urls import Endpoint
+
+if TYPE_CHECKING:
+    from tsqp.transport.allowing import AllowList
 
 _REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _CLIENT_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _REFUSALS
@@ -213,7 +216,7 @@ class ZmqListener:
         allowed: frozenset[bytes] | None = None,
     ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._allow_list = AllowList(self._context, allowed) if allowed is not None else None
+        self._allow_list = _answering(self._context, allowed) if allowed is not None else None
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if key else 0))
@@ -276,6 +279,12 @@ class ZmqListener:
         if self._allow_list:
             self._allow_list.close()
         self._context.term()
+
+
+def _answering(context: zmq.Context[zmq.Socket[bytes]], allowed: frozenset[bytes]) -> AllowList:
+    from tsqp.transport.allowing import AllowList  # noqa: PLC0415  asyncio comes with it, which an enclave does not need
+
+    return AllowList(context, allowed)
 
 
 def _deepen(descriptor: int) -> None:

@@ -70,7 +70,8 @@ class Limits:
         try:
             # Kept open: a process without a free descriptor is watched too.
             self._statm = os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC)
-            self.memory_bytes = self.own_bytes() + psutil.virtual_memory().available * 9 // 10
+            most = self.own_bytes() + psutil.virtual_memory().available * 9 // 10
+            self.memory_bytes = max(most, memory_bytes or 0)
         except (OSError, ValueError, IndexError):
             if memory_bytes is not None:
                 raise ConfigError(
