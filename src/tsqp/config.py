@@ -40,7 +40,7 @@ DEALER_PORT = 50052
 DEFAULT_TOKENS = 1024
 
 # Read where they are used, before any settings object exists.
-_OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE", "TSQP_NATIVE"})
+_OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE", "TSQP_NATIVE", "TSQP_API_KEY"})
 
 
 _MAX_THREADS = 4096

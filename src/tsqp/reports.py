@@ -206,6 +206,55 @@ class AuditReport(Struct, frozen=True, kw_only=True):
     findings: list[AuditFinding]
 
 
+class TopReport(Struct, frozen=True, kw_only=True):
+    """``tsqp top``: what a worker, a dealer or a server did in ``interval_s`` seconds, by its own account.
+
+    Rates are per second, of that interval. ``serves`` is a server's level, else what is answered: ``open``, ``exact``
+    or ``masks``. ``bytes_in`` and ``bytes_out`` are a worker's with its clients, a server's with its worker. ``batch``
+    is how many requests a product answered, or the rows of a server's last step. ``waiting`` requests wait, ``running``
+    ones are generated. ``memory_bytes`` is what is taken of a GPU or, on a CPU, by the worker's process; of a server
+    ``cache_used`` is the share of its key-value cache. ``parts`` has the share of the interval that each part took;
+    where several go on at once they add up to more than 1. Counted since the start: ``errors``, answers that are one;
+    ``failed``, generations that ended with one; ``refused``; ``integrity_failures``. What one of the kinds does not
+    have is null.
+    """
+
+    time: str
+    url: str
+    kind: Literal["worker", "dealer", "server"]
+    software: str
+    model: str
+    serves: str
+    device: str | None
+    dtype: str | None
+    ready: bool
+    reason: str
+    uptime_s: float
+    interval_s: float
+    clients: int | None
+    requests_per_s: float
+    requests_by_kind_per_s: dict[str, float]
+    rows_per_s: float | None
+    tokens_per_s: float | None
+    prompt_tokens_per_s: float | None
+    bytes_in_per_s: float
+    bytes_out_per_s: float
+    waiting: int
+    waiting_bytes: int | None
+    running: int | None
+    batch: float
+    memory_bytes: int | None
+    memory_total_bytes: int | None
+    cache_used: float | None
+    pool_held: int | None
+    pool_wanted: int | None
+    parts: dict[str, float]
+    errors: int
+    failed: int | None
+    refused: int | None
+    integrity_failures: int | None
+
+
 class ErrorDetail(Struct, frozen=True, kw_only=True):
     """What went wrong: the error's type, its sentence, and the exit code."""
 
@@ -235,6 +284,7 @@ REPORTS = (
     DecodeReport,
     TransportReport,
     AuditReport,
+    TopReport,
     ErrorReport,
 )
 

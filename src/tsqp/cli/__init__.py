@@ -15,6 +15,7 @@ from tsqp.cli.pack import pack
 from tsqp.cli.prefill import prefill
 from tsqp.cli.serve import serve
 from tsqp.cli.size import size
+from tsqp.cli.top import top
 from tsqp.cli.verify import verify
 from tsqp.cli.worker import worker
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (worker, dealer, prefill, generate, serve, verify, demo, pack, size, audit, doctor):
+for command in (worker, dealer, prefill, generate, serve, verify, demo, top, pack, size, audit, doctor):
     app.command()(command)
 for group in (keys, bench):
     app.add_typer(group)

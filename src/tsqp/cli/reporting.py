@@ -39,6 +39,11 @@ def print_json(report: msgspec.Struct) -> None:
     sys.stdout.flush()
 
 
+def error_report(error: TsqpError) -> ErrorReport:
+    """Return an error as ``--json`` prints it."""
+    return ErrorReport(error=ErrorDetail(type=type(error).__name__, message=str(error), exit_code=error.exit_code))
+
+
 @contextmanager
 def reported(*, as_json: bool) -> Iterator[None]:
     """Turn errors raised on purpose into one sentence and an exit code; anything else is a bug and shows as one."""
@@ -46,8 +51,7 @@ def reported(*, as_json: bool) -> Iterator[None]:
         yield
     except TsqpError as error:
         if as_json:
-            detail = ErrorDetail(type=type(error).__name__, message=str(error), exit_code=error.exit_code)
-            print_json(ErrorReport(error=detail))
+            print_json(error_report(error))
         if logs.form() == "json":
             _notices.error("%s", error)
         else:

@@ -54,7 +54,7 @@ def create_app(
     Raises:
         SetupError: the file of API keys cannot be used.
     """
-    metrics = Metrics(engine)
+    metrics = Metrics(engine, served_model.name, served_model.level)
     app = FastAPI(
         docs_url=None,
         redoc_url=None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tsqp import __version__
 from tsqp.engine.api import Engine, EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,9 +41,11 @@ class Metrics:
 
     Args:
         engine: asked for its own counts at each reading.
+        model: its name in the API.
+        level: at which it is continued.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, model: str, level: str) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "tsqp_http_requests", "HTTP requests that ended.", ("path", "status"), registry=self._registry
@@ -64,6 +68,16 @@ class Metrics:
         self.token_s = Histogram(
             "tsqp_time_per_token_seconds", "Between two tokens.", buckets=_TOKEN_S, registry=self._registry
         )
+        info = Gauge(
+            "tsqp_server_info",
+            "Always 1; its labels say what is served.",
+            ("model", "level", "software"),
+            registry=self._registry,
+        )
+        info.labels(model, level, f"tsqp {__version__}").set(1)
+        started = time.monotonic()
+        uptime_s = Gauge("tsqp_server_uptime_seconds", "Time since it was loaded.", registry=self._registry)
+        uptime_s.set_function(lambda: time.monotonic() - started)
         self._registry.register(_EngineCollector(engine))
 
     def text(self) -> bytes:

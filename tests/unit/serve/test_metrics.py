@@ -9,6 +9,7 @@ from fake_engine import MODEL, FakeEngine
 from fastapi.testclient import TestClient
 from serving import Serve, metrics_of
 
+from tsqp import __version__
 from tsqp.engine.api import QueueFullError
 from tsqp.errors import IntegrityError
 
@@ -40,6 +41,13 @@ def test_metrics_count_requests_and_tokens_and_tell_the_engines_numbers(serve: S
     }.items():
         assert found[f"tsqp_{name}", ()] == value, name
     assert found["tsqp_engine_part_seconds_total", ("worker",)] == 1.5
+
+
+def test_metrics_tell_what_is_served_and_since_when(serve: Serve) -> None:
+    client = serve(FakeEngine(), level="masked")
+    first, second = (metrics_of(client.get("/metrics").text) for _ in range(2))
+    assert first["tsqp_server_info", ("masked", MODEL, f"tsqp {__version__}")] == 1
+    assert 0 < first["tsqp_server_uptime_seconds", ()] < second["tsqp_server_uptime_seconds", ()]
 
 
 def failures(client: TestClient) -> dict[str, float]:

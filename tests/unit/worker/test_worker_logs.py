@@ -28,7 +28,7 @@ def service(tiny_llama: Path) -> OpenService:
 
 
 def ask(service: WorkerService, header: messages.AnyRequest, *tensors: Tensor) -> messages.AnyReply:
-    frames = [messages.encode(header), *map(codec.frame_of, tensors)]
+    frames: list[codec.Buffer] = [messages.encode(header), *map(codec.frame_of, tensors)]
     return codec.decode_reply(Dispatcher(service, "tiny", "digest").answer(frames))[0]
 
 
