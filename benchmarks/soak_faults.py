@@ -1,0 +1,57 @@
+"""Every fault there is, at random points, into real processes under load; prints what happens, and fails if it must.
+
+    python benchmarks/soak_faults.py --seconds 600 --out soak-faults.json
+    python benchmarks/soak_faults.py --times 50 --out benchmarks/results/soak-faults-DATE.json
+
+Two servers over a tiny model, at `masked` before two workers and at `open` before one, clients that know the right
+answers, runs of `tsqp prefill` with the same workers, and `tsqp pack`. What is injected, watched and counted is in
+tests/faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import secrets
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import msgspec
+from faults.report import table
+from faults.run import Plan, soak
+
+from tsqp.bench import hardware
+
+
+def main() -> int:
+    """Soak, write the report, and return how the process ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long faults are injected")
+    parser.add_argument("--times", type=int, help="how often each is injected, however long it takes")
+    parser.add_argument("--clients", type=int, default=6, help="of each of the two servers")
+    parser.add_argument("--seed", type=int, help="of all that is chosen; a new one by default")
+    parser.add_argument("--out", type=Path, default=Path("soak-faults.json"))
+    options = parser.parse_args()
+    seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
+    print(f"seed {seed}", flush=True)
+    report = soak(Plan(options.seconds, options.times, options.clients, seed), lambda line: print(line, flush=True))
+    how_much = f"--seconds {options.seconds:g}" if options.times is None else f"--times {options.times}"
+    content = {
+        "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
+        "commit": hardware.commit(),
+        "command": f"python benchmarks/soak_faults.py {how_much} --clients {options.clients} --seed {seed}",
+        "hardware": msgspec.to_builtins(hardware.describe()),
+        **msgspec.to_builtins(report),
+    }
+    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{table(report)}\n\n{options.out}")
+    for problem in report.problems:
+        print(f"WRONG: {problem}")
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

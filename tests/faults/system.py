@@ -1,0 +1,99 @@
+"""All that runs in a soak, from its start to its end, and what it holds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from faults.inject import _SETTLE_S, _elapsed
+from faults.kinds import freed
+from faults.lanes import Lane, Site, masked_lane, open_lane
+from faults.programs import Disk, Prefills
+from faults.report import Held
+
+SHARED = Path("/dev/shm")  # noqa: S108  where named regions lie
+
+
+@dataclass
+class System:
+    """What runs.
+
+    Attributes:
+        site: what all share.
+        lanes: servers with their workers and clients.
+        programs: runs of `tsqp prefill`, beside each lane.
+        disk: for `tsqp pack`.
+        ended_badly: which processes did, in sentences.
+    """
+
+    site: Site
+    lanes: list[Lane]
+    programs: list[Prefills]
+    disk: Disk
+    ended_badly: list[str] = field(default_factory=list)
+
+    def memory(self) -> dict[str, int]:
+        """Return the resident memory of each process."""
+        return {command.name: command.memory_bytes() for lane in self.lanes for command in lane.commands}
+
+    def at_rest(self) -> tuple[Held, dict[str, int]]:
+        """Let nothing be asked, and return what all processes hold, and each one's memory."""
+        with ExitStack() as stack:
+            for program in self.programs:
+                stack.enter_context(program.lock)
+            for lane in self.lanes:
+                assert lane.load is not None
+                lane.load.rest()
+                stack.callback(lane.load.go)
+            workers = [worker for lane in self.lanes for worker in lane.workers]
+            _elapsed(lambda: all(freed(worker, 1) for worker in workers), _SETTLE_S)
+            commands = [command for lane in self.lanes for command in lane.commands]
+            memory = self.memory()
+            held = Held(
+                memory_bytes=sum(memory.values()),
+                descriptors=sum(command.files() for command in commands),
+                regions=sum(command.regions() for command in commands),
+                processes=len(psutil.Process().children(recursive=True)),
+                shared_files=len(named_regions()),
+            )
+        return held, memory
+
+
+def named_regions() -> set[Path]:
+    """Return the files of named regions."""
+    return {each for each in SHARED.iterdir() if "tsqp" in each.name}
+
+
+@contextmanager
+def running(site: Site, clients: int, seed: int, prefill_pause_s: float) -> Iterator[System]:
+    """Run all processes and clients for the time of a ``with`` block."""
+    with ExitStack() as stack:
+        disk = Disk(site, random.Random(f"{seed} disk"))
+        stack.callback(disk.close)
+        lanes = [masked_lane(site, seed), open_lane(site, seed)]
+        for lane in lanes:
+            stack.callback(lane.kill)
+            for worker in lane.workers:
+                worker.command.start()
+        for lane in lanes:
+            lane.await_workers()
+            lane.serve()
+        for lane in lanes:
+            lane.server.await_ready()
+            stack.callback(lane.close)
+            lane.go(clients, seed)
+        programs = [Prefills(lane, prefill_pause_s) for lane in lanes]
+        for program in programs:
+            stack.callback(program.close)
+            program.start()
+        system = System(site, lanes, programs, disk)
+        yield system
+        for program in programs:
+            program.close()
+        for lane in lanes:
+            lane.close()
+            system.ended_badly += lane.end()
