@@ -14,6 +14,7 @@ import socket as unix
 import time
 from collections.abc import Container, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
@@ -231,11 +232,14 @@ class ZmqListener:
             self._allow_list.guard(self._socket)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
         self._poller = poller
+        self._paths: list[Path] = []
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         try:
             for endpoint in endpoints:
                 _bind(self._socket, endpoint)
+                if endpoint.scheme == "ipc":
+                    self._paths.append(Path(endpoint.path))
         except BaseException:
             self.close()
             raise
@@ -269,8 +273,10 @@ class ZmqListener:
         self._socket.send_multipart([*route, *frames], copy=False)
 
     def close(self) -> None:
-        """Close the sockets and the context. May be called twice."""
+        """Close the sockets and the context, and remove those of ipc, which libzmq leaves. May be called twice."""
         if not self._socket.closed:
+            for path in self._paths:
+                path.unlink(missing_ok=True)
             self._poller.unregister(self._socket)
             self._poller.unregister(self._monitor)
             self._socket.disable_monitor()

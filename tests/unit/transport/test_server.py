@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from contextlib import closing as closed_after
 from pathlib import Path
 
 import numpy as np
@@ -333,6 +334,12 @@ def test_the_socket_file_of_a_dead_worker_is_reused(socket_path: Endpoint, serve
     assert Path(socket_path.path).is_socket()
     server = serve(socket_path)
     exchange(connect(socket_path), server)
+
+
+def test_nothing_is_left_where_a_server_has_ended(path: Endpoint) -> None:
+    with closed_after(Server([path], LIMIT_BYTES)):
+        assert Path(path.path).exists()
+    assert not Path(path.path).exists()
 
 
 def test_a_file_that_is_no_socket_is_left_alone(socket_path: Endpoint) -> None:
