@@ -42,12 +42,18 @@ class memory_errors:  # used as a function is; a generator would take longer tha
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Raise the other error, or let this one pass."""
-        if error is not None and _is_out_of_memory(error):
-            advice = "shorten the prompt, lower --batch, use --dtype bfloat16, or free memory on it"
-            raise DeviceMemoryError(f"{self._device} is out of memory during {self._operation}: {advice}.") from error
+        if error is not None and is_out_of_memory(error):
+            raise out_of_memory(self._operation, self._device) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def out_of_memory(operation: str, device: torch.device) -> DeviceMemoryError:
+    """Return the error that says which device lacks memory, during what, and what to do."""
+    advice = "shorten the prompt, lower --batch, use --dtype bfloat16, or free memory on it"
+    return DeviceMemoryError(f"{device} is out of memory during {operation}: {advice}.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether torch or Python raised this because there is no memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

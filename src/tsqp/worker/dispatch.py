@@ -18,6 +18,7 @@ import msgspec
 from tsqp import __version__
 from tsqp.errors import DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError, printable
 from tsqp.model.architecture import module_count
+from tsqp.model.linears import is_out_of_memory, out_of_memory
 from tsqp.transport.base import Incoming
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Buffer
@@ -188,8 +189,13 @@ class Dispatcher:
         )
 
     def _failure(self, request_id: int, error: Exception) -> list[Buffer]:
-        """Write the failure that an error becomes. A bug's own words stay in the log."""
+        """Write the failure that an error becomes. A bug's own words stay in the log.
+
+        Memory may be lacking anywhere, also for what is copied around a product: that is no bug.
+        """
         self.errors += 1
+        if is_out_of_memory(error):
+            error = out_of_memory("a request", self.service.device)
         code: messages.ErrorCode = next((code for kind, code in _CODES if isinstance(error, kind)), "internal")
         if code == "internal":
             _log.error("request failed", exc_info=error, extra={"request_id": request_id})

@@ -44,6 +44,25 @@ def answer(linears: Linears, frames: list[bytes]) -> Any:
     return reply
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["torch", "python"]
+)
+@pytest.mark.parametrize("where", ["operand", "multiply", "result"])
+def test_memory_that_lacks_around_a_product_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, linears: Linears, where: str, error: Exception
+) -> None:
+    def full(*_: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(OpenService, where, full)
+    monkeypatch.setattr(OpenService, "sends_products", lambda *_: False)
+    header = messages.Linear(id=1, group="head", x=messages.TensorSpec("float32", (1, 48)))
+    reply = answer(linears, [messages.encode(header), zeros("float32", (1, 48))])
+    assert isinstance(reply, messages.Failure)
+    assert reply.code == "memory"
+    assert "cpu is out of memory" in reply.message
+
+
 def legacy_answer(linears: Linears, method: str, body: dict[str, Any]) -> Any:
     frame = msgspec.msgpack.encode({"method": method, "request": body})
     (reply,) = LegacyDispatcher(linears, STATE).answer([frame])
