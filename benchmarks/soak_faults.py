@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import msgspec
+from faults.lanes import LANES
 from faults.report import table
 from faults.run import Plan, soak
 
@@ -32,17 +33,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="how long faults are injected")
     parser.add_argument("--times", type=int, help="how often each is injected, however long it takes")
     parser.add_argument("--clients", type=int, default=6, help="of each of the two servers")
+    parser.add_argument("--levels", nargs="+", choices=LANES, default=["masked", "open"], help="a server for each")
     parser.add_argument("--seed", type=int, help="of all that is chosen; a new one by default")
     parser.add_argument("--out", type=Path, default=Path("soak-faults.json"))
     options = parser.parse_args()
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
-    report = soak(Plan(options.seconds, options.times, options.clients, seed), lambda line: print(line, flush=True))
+    plan = Plan(options.seconds, options.times, options.clients, seed, levels=tuple(options.levels))
+    report = soak(plan, lambda line: print(line, flush=True))
     how_much = f"--seconds {options.seconds:g}" if options.times is None else f"--times {options.times}"
     content = {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "commit": hardware.commit(),
-        "command": f"python benchmarks/soak_faults.py {how_much} --clients {options.clients} --seed {seed}",
+        "command": f"python benchmarks/soak_faults.py {how_much} --clients {options.clients} --seed {seed} "
+        f"--levels {' '.join(options.levels)}",
         "hardware": msgspec.to_builtins(hardware.describe()),
         **msgspec.to_builtins(report),
     }

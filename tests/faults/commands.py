@@ -106,7 +106,7 @@ class Command:
 
     def files(self) -> int:
         """Return how many descriptors it has open."""
-        return psutil.Process(self.pid).num_fds()
+        return int(psutil.Process(self.pid).num_fds())
 
     def sockets(self) -> int:
         """Return how many of them are sockets."""

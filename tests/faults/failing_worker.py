@@ -1,12 +1,11 @@
 """``tsqp worker`` on a device that may be told to have no memory left: at each SIGUSR1 the next product fails.
 
-It takes no GPU: what torch raises there is raised in the middle of a product here, and all that follows is the worker's.
+It takes no GPU: what torch raises there is raised in the middle of a product here. All that follows is the worker's.
 """
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -38,4 +37,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, lambda *_: _full.set())
     for service in (OpenService, ExactService):
         service.multiply = _may_fail(service.multiply)  # type: ignore[method-assign]
-    sys.exit(main())
+    main()

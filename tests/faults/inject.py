@@ -29,14 +29,15 @@ def inject(lane: Lane, programs: Prefills, kind: type[Fault], slack_s: float) ->
         kind: of fault.
         slack_s: what noticing may take beyond what is stated.
     """
+    _elapsed(lambda: lane.is_quiet, _AGAIN_S)  # what shows from now on is of this fault
     time.sleep(lane.chance.random())
     fault = kind(lane)
     limit_s = fault.stated_s + slack_s
     with programs.lock if fault.counts_clients else nullcontext():
-        asked = fault.since = time.monotonic()
+        fault.since = time.monotonic()
         fault.inject()
         noticed_s = _first(fault.noticed_after, limit_s)
-    ended_s = _first(lambda: _since(asked) if lane.has_answered(asked) else None, limit_s)
+    ended_s = _first(lambda: _since(fault.since) if lane.has_answered(fault.since) else None, limit_s)
     time.sleep(lane.chance.random() / 2)
     fault.undo()
     again_s = _elapsed(lane.is_right, _AGAIN_S)

@@ -64,7 +64,23 @@ class Fault(ABC):
         return []
 
 
-class WorkerKilled(Fault):
+class _LinkLost(Fault):
+    """What ends a link. A product that is checked is sent again first, over a new one if that can be made."""
+
+    @property
+    def stated_s(self) -> float:
+        return CLOSED_S + (CONNECT_TIMEOUT_S if self.lane.level == "masked" else 0.0)
+
+
+class _LinkHangs(_LinkLost):
+    """What lets nothing come over a link that stays: it is given up after the request timeout."""
+
+    @property
+    def stated_s(self) -> float:
+        return REQUEST_TIMEOUT_S + super().stated_s
+
+
+class WorkerKilled(_LinkLost):
     """SIGKILL; the worker stays away for a while."""
 
     kind = "worker killed"
@@ -91,15 +107,10 @@ class WorkerRestarted(WorkerKilled):
         self.worker.command.await_ready()
 
 
-class WorkerHung(Fault):
+class WorkerHung(_LinkHangs):
     """SIGSTOP: its connections stay open, and nothing comes."""
 
     kind = "worker hung"
-
-    @property
-    def stated_s(self) -> float:
-        """A product is given up after the request timeout; where it is sent again, nobody shakes hands either."""
-        return REQUEST_TIMEOUT_S + CONNECT_TIMEOUT_S
 
     def inject(self) -> None:
         self.worker = self.lane.used()
@@ -144,7 +155,7 @@ def _link(lane: Lane) -> Proxy:
     return proxy
 
 
-class LinkCut(Fault):
+class LinkCut(_LinkLost):
     """The connection ends, between messages or within one, and none can be made for a while."""
 
     kind = "link cut and restored"
@@ -157,15 +168,10 @@ class LinkCut(Fault):
         self.proxy.restore()
 
 
-class LinkSilent(Fault):
+class LinkSilent(_LinkHangs):
     """Nothing passes, and no connection ends; afterwards what was held back passes, or those connections are gone."""
 
     kind = "link silent and restored"
-
-    @property
-    def stated_s(self) -> float:
-        """As of a worker that hangs."""
-        return REQUEST_TIMEOUT_S + CONNECT_TIMEOUT_S
 
     def inject(self) -> None:
         self.proxy = _link(self.lane)

@@ -21,12 +21,13 @@ from tsqp.transport.named import GRANT, OpenedRegion
 from tsqp.transport.urls import parse
 
 MODEL = "tiny"
-REQUEST_TIMEOUT_S = 3.0
-CONNECT_TIMEOUT_S = 2.0
+REQUEST_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 1.5
 MESSAGE_BYTES = 4 << 20
 _CONTEXT = 512
 _LOOK_S = 0.1
 _PATIENCE_S = 90.0
+_QUIET_S = 1.0
 # Answers whose likeliest tokens are ahead by less could be others in a larger batch, where float products are summed.
 _CLEAR = 0.02
 _LETTERS = "abcdefghijklmnopqrstuvwxyz ,."
@@ -108,6 +109,7 @@ class Lane:
     Args:
         site: what all lanes share.
         level: of protection.
+        name: of this lane alone.
         workers: which it is given.
         seed: of all that is chosen here.
 
@@ -115,19 +117,19 @@ class Lane:
         signs: when and how it showed that something is wrong: errors, not being ready, notices.
     """
 
-    def __init__(self, site: Site, level: str, workers: list[WorkerAt], seed: int) -> None:
-        self.site, self.level, self.workers = site, level, workers
-        self.chance = random.Random(f"{seed} {level}")
+    def __init__(self, site: Site, level: str, name: str, workers: list[WorkerAt], seed: int) -> None:
+        self.site, self.level, self.name, self.workers = site, level, name, workers
+        self.chance = random.Random(f"{seed} {name}")
         self.port = free_port()
         self.host = f"127.0.0.1:{self.port}"
         self.model = site.floats if level == "open" else site.packed
-        self.server = site.command(f"serve {level}", [], f"listening on http://{self.host}")
+        self.server = site.command(f"serve {name}", [], f"listening on http://{self.host}")
         self.signs: list[tuple[float, str]] = []
         self._down_until = -1.0
         self._watching = threading.Event()
         self._over = threading.Event()
         self._read = 0
-        self._thread = threading.Thread(target=self._watch, name=f"watch {level}")
+        self._thread = threading.Thread(target=self._watch, name=f"watch {name}")
         self.load: Load | None = None
 
     @property
@@ -161,7 +163,7 @@ class Lane:
     def go(self, clients: int, seed: int) -> None:
         """Learn the right answers, undisturbed, and let clients ask from now on."""
         answers = self._answers()
-        self.load = Load(self.host, MODEL, answers, clients, seed, self.may_be_cut, self._erred)
+        self.load = Load(self.host, MODEL, answers, clients, seed, self)
         self.up()
         self._thread.start()
         self.load.go()
@@ -233,8 +235,14 @@ class Lane:
             if worker.proxy:
                 worker.proxy.close()
 
-    def _erred(self, when: float, code: str) -> None:
-        self.signs.append((when, code))
+    def erred(self, code: str) -> None:
+        """Take note of an error that a client was told now."""
+        self.signs.append((time.monotonic(), code))
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has shown for a while."""
+        return not self.signs or self.signs[-1][0] < time.monotonic() - _QUIET_S
 
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_S):
@@ -259,19 +267,22 @@ class Lane:
         return content if answer.status != http.client.OK else ""
 
 
-def masked_lane(site: Site, seed: int) -> Lane:
+def masked_lane(site: Site, name: str, seed: int) -> Lane:
     """A server at `masked` before two workers, each behind a link that can fail and that sees all masked words."""
     workers = []
-    for name in ("a", "b"):
+    for which in ("a", "b"):
         address = f"127.0.0.1:{(port := free_port())}"
-        proxy = Proxy(port, site.words, random.Random(f"{seed} proxy {name}"))
-        workers.append(WorkerAt(site.worker(f"worker {name}", site.packed, [address]), [address], proxy))
-    return Lane(site, "masked", workers, seed)
+        proxy = Proxy(port, site.words, random.Random(f"{seed} {name} {which}"))
+        workers.append(WorkerAt(site.worker(f"worker {name} {which}", site.packed, [address]), [address], proxy))
+    return Lane(site, "masked", name, workers, seed)
 
 
-def open_lane(site: Site, seed: int) -> Lane:
+def open_lane(site: Site, name: str, seed: int) -> Lane:
     """A server at `open` before one worker, which listens everywhere: tcp, ipc, shared memory of both kinds."""
     run = site.directory / "run"
     named = f"shm:///dev/shm/tsqp-soak-{os.getpid()}-{free_port()}"
     addresses = [f"127.0.0.1:{free_port()}", f"ipc://{run}/c", f"shm://{run}/c.shm", named]
-    return Lane(site, "open", [WorkerAt(site.worker("worker c", site.floats, addresses), addresses)], seed)
+    return Lane(site, "open", name, [WorkerAt(site.worker(f"worker {name}", site.floats, addresses), addresses)], seed)
+
+
+LANES = {"masked": masked_lane, "open": open_lane}

@@ -8,15 +8,15 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Outcome = Literal["right", "wrong", "error", "cut", "lost"]
 
 # Nobody may be left without an answer or an error for so long.
 SILENCE_S = 90.0
-_PAUSE_S = 0.1
+_PAUSE_S = 0.2
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -138,6 +138,16 @@ class Tally:
         return outcome
 
 
+class Watch(Protocol):
+    """What clients ask and tell of their server."""
+
+    def may_be_cut(self, since: float) -> bool:
+        """Tell whether the server was down, because of a fault, at some time after."""
+
+    def erred(self, code: str) -> None:
+        """Take note of an error that a client was told now."""
+
+
 class Load:
     """Clients that ask one server again and again.
 
@@ -147,8 +157,7 @@ class Load:
         answers: what may be asked, and the right answer to each.
         clients: how many ask at once.
         seed: of what they choose.
-        may_be_cut: tells whether the server is being killed or is down since some time: connections end then.
-        on_error: told the time and the code of each error.
+        watch: tells whether connections may end, and is told of errors.
     """
 
     def __init__(
@@ -158,11 +167,9 @@ class Load:
         answers: dict[Asked, str],
         clients: int,
         seed: int,
-        may_be_cut: Callable[[float], bool],
-        on_error: Callable[[float, str], None],
+        watch: Watch,
     ) -> None:
-        self._host, self._model, self.answers = host, model, answers
-        self._may_be_cut, self._on_error = may_be_cut, on_error
+        self._host, self._model, self.answers, self._watch = host, model, answers, watch
         self.tally, self.clients = Tally(), clients
         self._over = threading.Event()
         self._runs = threading.Event()
@@ -203,8 +210,9 @@ class Load:
             asked, right = chance.choice(items)
             started = self._since[at] = time.monotonic()
             answer = ask(self._host, asked.body(self._model), stream=chance.random() < 0.5)
-            outcome = self.tally.add(asked, answer, right, may_be_cut=self._may_be_cut(started))
+            outcome = self.tally.add(asked, answer, right, may_be_cut=self._watch.may_be_cut(started))
             if outcome != "right":
                 if answer.error:
-                    self._on_error(time.monotonic(), answer.error[0])
+                    self._watch.erred(answer.error[0])
                 time.sleep(_PAUSE_S)
+            time.sleep(_PAUSE_S * chance.random())  # the machine is to have time for processes that start

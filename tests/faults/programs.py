@@ -66,26 +66,33 @@ class Prefills:
         self.tally, self.lock = Tally(), threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name=f"prefill {lane.level}")
+        self._learnt = threading.Event()
         self._right: list[int] = []
 
     def start(self) -> None:
-        """Learn what is right, undisturbed, and begin."""
-        code, said, notes = self._once()
-        assert code == 0, notes
-        self._right = said["next_tokens"]
+        """Begin. The first run learns what is right: it must not be disturbed."""
         self._thread.start()
+
+    def await_first(self) -> None:
+        """Wait for the end of the first run."""
+        self._learnt.wait()
+        assert self._right, self.tally.problems
 
     def close(self) -> None:
         """End, once the one that runs has."""
         self._over.set()
-        if self._right:
-            self._thread.join()
+        self._thread.join()
 
     def _once(self) -> tuple[int, dict[str, Any], str]:
         words = ["prefill", "--model", str(self._lane.model), "--level", self._lane.level, "--threads", "1"]
         return run(self._lane.site, *words, "--prompt", _PROMPT, "--worker", self._lane.address)
 
     def _repeat(self) -> None:
+        code, said, notes = self._once()
+        self._right = said.get("next_tokens", [])
+        if code != 0:
+            self.tally.problems.append(f"tsqp prefill at {self.level}, undisturbed: {notes}")
+        self._learnt.set()
         while not self._over.wait(self._pause_s):
             with self.lock:
                 code, said, notes = self._once()

@@ -144,15 +144,18 @@ def table(report: Report) -> str:
     for each in report.clients:
         counts = (each.clients, each.requests, each.right, sum(each.errors.values()), each.cut, each.wrong, each.lost)
         lines.append(f"| {each.who} | {' | '.join(map(str, counts))} |")
+    lines += ["", _rest(report)]
+    return "\n".join(lines)
+
+
+def _rest(report: Report) -> str:
     before, after, sent = report.before, report.after, report.masked
-    lines += [
-        "",
+    return (
         f"Memory before {before.memory_bytes / 1e6:.0f} MB, after {after.memory_bytes / 1e6:.0f} MB; descriptors "
         f"{before.descriptors} and {after.descriptors}. {sent.rows} masked rows crossed the links, {sent.resent} "
         f"messages twice with the same bytes; masks used twice: {sent.reused}. Left behind: {len(report.left)}. Seed "
-        f"{report.seed}, {report.seconds:.0f} s.",
-    ]
-    return "\n".join(lines)
+        f"{report.seed}, {report.seconds:.0f} s."
+    )
 
 
 def _seconds(value: float | None) -> str:

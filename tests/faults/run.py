@@ -41,9 +41,10 @@ FAULTS: dict[str, tuple[type[Fault], ...]] = {
         kinds.DeviceFull,
     ),
 }
-_BOTH = {kind.kind for kind in set(FAULTS["masked"]) & set(FAULTS["open"])}
 # By which a process may have grown: allocators round, and memory for the largest steps comes late.
 _SLACK_BYTES = 64 << 20
+# And descriptors: pyzmq opens some of its own for the first message that it does not copy.
+_SLACK_FILES = 32
 
 Say = Callable[[str], None]
 Work = dict[str, Callable[[], Injected]]
@@ -54,11 +55,12 @@ class Plan(NamedTuple):
 
     Attributes:
         seconds: for how long faults are injected; each kind once at least.
-        times: how often each kind is, whatever time it takes; None means as often as fits.
+        times: how often each kind is, over all lanes, whatever time it takes; None means as often as fits.
         clients: of each server.
         seed: of all that is chosen.
         slack_s: what noticing may take beyond what is stated, as the machine has other work.
         prefill_pause_s: between runs of `tsqp prefill`.
+        levels: of the servers, each with workers and clients of its own; faults are injected into all at once.
     """
 
     seconds: float
@@ -67,6 +69,7 @@ class Plan(NamedTuple):
     seed: int
     slack_s: float = 5.0
     prefill_pause_s: float = 8.0
+    levels: tuple[str, ...] = ("masked", "open")
 
 
 def soak(plan: Plan, say: Say) -> Report:
@@ -79,17 +82,17 @@ def soak(plan: Plan, say: Say) -> Report:
     regions = named_regions()
     with tempfile.TemporaryDirectory(prefix="tsqp-soak-") as name:
         site = Site(Path(name))
-        say("starting three workers and two servers")
-        with running(site, plan.clients, plan.seed, plan.prefill_pause_s) as system:
-            before, memory = system.at_rest()
+        say(f"starting servers at {', '.join(plan.levels)} and their workers")
+        with running(site, plan.levels, plan.clients, plan.seed, plan.prefill_pause_s) as system:
+            before, each_before = system.at_rest()
             injecting = _Injecting(plan, say, system)
             injecting.run()
-            after, memory_after = system.at_rest()
+            after, each_after = system.at_rest()
         left = [*system.ended_badly, *_left(regions, site)]
     grown = [
-        f"{name} grew from {memory[name] >> 20} to {now >> 20} MB"
-        for name, now in memory_after.items()
-        if now > memory[name] + _SLACK_BYTES
+        f"{name} grew from {each_before[name]} to {(memory, files)} bytes and descriptors"
+        for name, (memory, files) in each_after.items()
+        if memory > each_before[name][0] + _SLACK_BYTES or files > each_before[name][1] + _SLACK_FILES
     ]
     say("comparing masked words")
     masked = site.words.look()
@@ -118,7 +121,8 @@ def _left(regions: set[Path], site: Site) -> list[str]:
 
 
 def _tallies(system: System) -> list[tuple[Tally, str, int]]:
-    servers = [(lane.load.tally, f"`tsqp serve`, `{lane.level}`", lane.load.clients) for lane in system.lanes if lane.load]
+    loads = [(lane.level, lane.load) for lane in system.lanes if lane.load]
+    servers = [(load.tally, f"`tsqp serve`, `{level}`", load.clients) for level, load in loads]
     runs = [(each.tally, f"`tsqp prefill`, `{each.level}`", 1) for each in system.programs]
     return servers + runs
 
@@ -148,7 +152,7 @@ class _Injecting:
         self._began = time.monotonic()
         self._lanes: dict[str, Work] = {"pack": {DISK_FULL: partial(fill_disk, system.disk)}}
         for lane, programs in zip(system.lanes, system.programs, strict=True):
-            self._lanes[lane.level] = {
+            self._lanes[lane.name] = {
                 kind.kind: partial(inject, lane, programs, kind, plan.slack_s) for kind in FAULTS[lane.level]
             }
 
@@ -173,15 +177,20 @@ class _Injecting:
             self.problems.append(f"{name} stopped: {traceback.format_exc()}")
             self._say(self.problems[-1])
 
-    def _order(self, name: str, kinds_here: list[str]) -> Iterator[str]:
-        """Yield each kind once, or as often as asked over all lanes; then, until time is over, any of them."""
+    def _order(self, name: str, here: list[str]) -> Iterator[str]:
+        """Yield each kind once, or as often as asked, over all lanes; then, until time is over, any of them."""
         chance = random.Random(f"{self._plan.seed} order {name}")
-        times = self._plan.times or 1
-        order = [kind for kind in kinds_here for _ in range(-(-times // 2) if kind in _BOTH else times)]
+        order = [kind for kind in here for _ in range(self._share(name, kind))]
         chance.shuffle(order)
         yield from order
         while self._plan.times is None and time.monotonic() < self._began + self._plan.seconds:
-            yield chance.choice(kinds_here)
+            yield chance.choice(here)
+
+    def _share(self, name: str, kind: str) -> int:
+        """Return how often one lane injects a kind that several may."""
+        able = [each for each, work in self._lanes.items() if kind in work]
+        times, at = self._plan.times or 1, able.index(name)
+        return times * (at + 1) // len(able) - times * at // len(able)
 
     def _tell(self, injected: Injected) -> None:
         noticed = "nobody had to be told" if injected.noticed_s is None else f"noticed after {injected.noticed_s:.1f} s"

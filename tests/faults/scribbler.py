@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from tsqp.transport import datagrams
 from tsqp.transport.link import Link
-from tsqp.transport.rings import RingBell
 from tsqp.transport.polled import connect_named
+from tsqp.transport.rings import RingBell
 from tsqp.transport.shm import ShmClient, connect_socket
 from tsqp.transport.urls import parse
 from tsqp.wire import messages
@@ -100,7 +100,8 @@ def main(address: str, seed: int) -> None:
     scribbler.greet()
     kind = chance.choice(KINDS)
     kind(scribbler)
-    print(kind.__name__, flush=True)
+    sys.stdout.write(f"{kind.__name__}\n")
+    sys.stdout.flush()
     time.sleep(_WAIT_S)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from faults.inject import _SETTLE_S, _elapsed
 from faults.kinds import freed
-from faults.lanes import Lane, Site, masked_lane, open_lane
+from faults.lanes import LANES, Lane, Site
 from faults.programs import Disk, Prefills
 from faults.report import Held
 
@@ -36,12 +36,8 @@ class System:
     disk: Disk
     ended_badly: list[str] = field(default_factory=list)
 
-    def memory(self) -> dict[str, int]:
-        """Return the resident memory of each process."""
-        return {command.name: command.memory_bytes() for lane in self.lanes for command in lane.commands}
-
-    def at_rest(self) -> tuple[Held, dict[str, int]]:
-        """Let nothing be asked, and return what all processes hold, and each one's memory."""
+    def at_rest(self) -> tuple[Held, dict[str, tuple[int, int]]]:
+        """Let nothing be asked, and return what all processes hold; each one's memory in bytes, and descriptors."""
         with ExitStack() as stack:
             for program in self.programs:
                 stack.enter_context(program.lock)
@@ -52,15 +48,15 @@ class System:
             workers = [worker for lane in self.lanes for worker in lane.workers]
             _elapsed(lambda: all(freed(worker, 1) for worker in workers), _SETTLE_S)
             commands = [command for lane in self.lanes for command in lane.commands]
-            memory = self.memory()
+            each = {command.name: (command.memory_bytes(), command.files()) for command in commands}
             held = Held(
-                memory_bytes=sum(memory.values()),
-                descriptors=sum(command.files() for command in commands),
+                memory_bytes=sum(memory for memory, _ in each.values()),
+                descriptors=sum(files for _, files in each.values()),
                 regions=sum(command.regions() for command in commands),
                 processes=len(psutil.Process().children(recursive=True)),
                 shared_files=len(named_regions()),
             )
-        return held, memory
+        return held, each
 
 
 def named_regions() -> set[Path]:
@@ -69,12 +65,12 @@ def named_regions() -> set[Path]:
 
 
 @contextmanager
-def running(site: Site, clients: int, seed: int, prefill_pause_s: float) -> Iterator[System]:
-    """Run all processes and clients for the time of a ``with`` block."""
+def running(site: Site, levels: Sequence[str], clients: int, seed: int, prefill_pause_s: float) -> Iterator[System]:
+    """Run all processes and clients for the time of a ``with`` block: a lane for each of some levels."""
     with ExitStack() as stack:
         disk = Disk(site, random.Random(f"{seed} disk"))
         stack.callback(disk.close)
-        lanes = [masked_lane(site, seed), open_lane(site, seed)]
+        lanes = [LANES[level](site, f"{level} {at}", seed) for at, level in enumerate(levels, 1)]
         for lane in lanes:
             stack.callback(lane.kill)
             for worker in lane.workers:
@@ -90,6 +86,8 @@ def running(site: Site, clients: int, seed: int, prefill_pause_s: float) -> Iter
         for program in programs:
             stack.callback(program.close)
             program.start()
+        for program in programs:
+            program.await_first()
         system = System(site, lanes, programs, disk)
         yield system
         for program in programs:
