@@ -191,9 +191,12 @@ class Dispatcher:
     def _failure(self, request_id: int, error: Exception) -> list[Buffer]:
         """Write the failure that an error becomes. A bug's own words stay in the log.
 
-        Memory may be lacking anywhere, also for what is copied around a product: that is no bug.
+        Memory may be lacking anywhere, also for what is copied around a product: that is no bug. The error forgets where
+        it was raised: those frames have the request and what computed it, and they and the error would wait together
+        for the garbage collector, with the memory that the client shared, long after that is gone.
         """
         self.errors += 1
+        raised = error
         if is_out_of_memory(error):
             error = out_of_memory("a request", self.service.device)
         code: messages.ErrorCode = next((code for kind, code in _CODES if isinstance(error, kind)), "internal")
@@ -202,6 +205,7 @@ class Dispatcher:
             error = InternalError("the worker failed on this request; its log says how.")
         else:  # its text may quote what the client sent
             _log.debug("request refused (%s)", code, extra={"request_id": request_id})
+        raised.__traceback__ = raised.__cause__ = raised.__context__ = None
         return [messages.encode(Failure(id=request_id, code=code, message=str(error)[:2048]))]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +18,7 @@ from workers import packed_tiny
 
 from tsqp.arith.ring import lay_out
 from tsqp.enclave.session import Session
-from tsqp.errors import InputError
+from tsqp.errors import InputError, TsqpError
 from tsqp.model.packed import open_codes
 from tsqp.transport.base import Delivery
 from tsqp.transport.client import open_client
@@ -146,3 +148,45 @@ def test_a_clients_older_request_keeps_its_memory_while_a_newer_is_answered(
             assert torch.equal(taken(sessions[1], older, 64, down.rows), want)
             want = service.multiply(QKV, words(64, 48, 100 + i))
             assert torch.equal(taken(sessions[1], again, 64, qkv.rows), want)
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_a_failed_request_keeps_nothing_of_its_client(
+    service: ExactService,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uncollected: None,  # noqa: ARG001
+    clients: int,
+) -> None:
+    """What a client shared is given back when it goes, not when the garbage collector comes."""
+
+    def fails(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    with running(service, parse(f"shm://{tmp_path}/worker"), clients) as (served, sessions):
+        monkeypatch.setattr(service, "multiply", fails)
+        ours = regions()
+        asked = [(session, ask(session, DOWN, words(64, 80, 1))) for session in sessions]
+        served.go()
+        for session, request_id in asked:
+            with pytest.raises(TsqpError):
+                session.result(request_id, messages.Result)
+        assert regions() == ours + clients
+        for session in sessions:
+            session.close()
+        deadline = time.monotonic() + PATIENCE_S
+        while regions() > ours and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert regions() == ours
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def regions() -> int:
+    return Path("/proc/self/maps").read_bytes().count(b"/memfd:tsqp")
