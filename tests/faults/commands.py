@@ -94,11 +94,13 @@ class Command:
         self.process.kill()
         self.process.wait()
 
-    def end(self) -> int:
-        """Ask the process to end; return its exit code."""
+    def ask_to_end(self) -> None:
+        """Ask the process to end."""
+        self.signal(signal.SIGTERM)
+
+    def await_end(self) -> int:
+        """Wait until it has; return its exit code."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-        self.process.terminate()
         try:
             return self.process.wait(_END_S)
         finally:

@@ -225,7 +225,8 @@ class EnclaveKilled(Fault):
 def restart(lane: Lane) -> None:
     """Stop the server as one does, and start it again."""
     lane.down()
-    code = lane.server.end()
+    lane.server.ask_to_end()
+    code = lane.server.await_end()
     lane.serve()
     lane.server.await_ready()
     lane.up()

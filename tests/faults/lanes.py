@@ -221,11 +221,6 @@ class Lane:
             self.load.close()
             self._thread.join()
 
-    def end(self) -> list[str]:
-        """End all processes as one does; say which did not end well."""
-        codes = {command.name: command.end() for command in self.commands}
-        return [f"{name} ended with exit code {code}" for name, code in codes.items() if code]
-
     def kill(self) -> None:
         """End what still runs."""
         for command in self.commands:

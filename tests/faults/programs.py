@@ -78,9 +78,13 @@ class Prefills:
         self._learnt.wait()
         assert self._right, self.tally.problems
 
-    def close(self) -> None:
-        """End, once the one that runs has."""
+    def finish(self) -> None:
+        """Run no more after the one that runs."""
         self._over.set()
+
+    def close(self) -> None:
+        """End, once the one that runs has. May be called twice."""
+        self.finish()
         self._thread.join()
 
     def _once(self) -> tuple[int, dict[str, Any], str]:

@@ -87,6 +87,7 @@ def soak(plan: Plan, say: Say) -> Report:
             before, each_before = system.at_rest()
             injecting = _Injecting(plan, say, system)
             injecting.run()
+            system.end_programs()
             after, each_after = system.at_rest()
         left = [*system.ended_badly, *_left(regions, site)]
     grown = [

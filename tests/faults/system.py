@@ -36,6 +36,13 @@ class System:
     disk: Disk
     ended_badly: list[str] = field(default_factory=list)
 
+    def end_programs(self) -> None:
+        """Run `tsqp prefill` no more."""
+        for program in self.programs:
+            program.finish()
+        for program in self.programs:
+            program.close()
+
     def at_rest(self) -> tuple[Held, dict[str, tuple[int, int]]]:
         """Let nothing be asked, and return what all processes hold; each one's memory in bytes, and descriptors."""
         with ExitStack() as stack:
@@ -75,23 +82,23 @@ def running(site: Site, levels: Sequence[str], clients: int, seed: int, prefill_
             stack.callback(lane.kill)
             for worker in lane.workers:
                 worker.command.start()
-        for lane in lanes:
+        programs = [Prefills(lane, prefill_pause_s) for lane in lanes]
+        for lane, program in zip(lanes, programs, strict=True):
             lane.await_workers()
             lane.serve()
-        for lane in lanes:
-            lane.server.await_ready()
-            stack.callback(lane.close)
-            lane.go(clients, seed)
-        programs = [Prefills(lane, prefill_pause_s) for lane in lanes]
-        for program in programs:
             stack.callback(program.close)
             program.start()
-        for program in programs:
+        for lane, program in zip(lanes, programs, strict=True):
+            lane.server.await_ready()
             program.await_first()
+            stack.callback(lane.close)
+            lane.go(clients, seed)
         system = System(site, lanes, programs, disk)
         yield system
-        for program in programs:
-            program.close()
         for lane in lanes:
             lane.close()
-            system.ended_badly += lane.end()
+        commands = [command for lane in lanes for command in lane.commands]
+        for command in commands:
+            command.ask_to_end()
+        codes = [(command.name, command.await_end()) for command in commands]
+        system.ended_badly = [f"{name} ended with exit code {code}" for name, code in codes if code]
