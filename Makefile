@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test browser tracer check lint bench readme schema deploy-lock clean
+.PHONY: help demo test browser tracer check lint bench soak readme schema deploy-lock clean
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -54,6 +54,11 @@ check: test lint  ## Run all tests, ruff and mypy: what CI runs.
 
 bench: $(STAMP)  ## Measure prefill against the baselines (a quiet machine is needed) and keep the result.
 	$(BIN)/tsqp bench prefill --rounds 25 --json > benchmarks/results/prefill-$$(date +%F).json
+
+# SOAK_SECONDS=60 makes it shorter; FULL=1 injects each fault 50 times, on one more server, however long that takes.
+soak: $(STAMP)  ## Inject every fault at random into real processes under load, for ten minutes (FULL=1: each 50 times).
+	$(BIN)/python benchmarks/soak_faults.py --out $(or $(SOAK_OUT),soak-faults.json) \
+	  $(if $(FULL),--times 50 --levels masked masked open,--seconds $(or $(SOAK_SECONDS),600)) $(if $(SEED),--seed $(SEED))
 
 readme: $(STAMP)  ## Rewrite README's table and picture from benchmarks/results.
 	$(BIN)/python benchmarks/readme_table.py

@@ -16,6 +16,7 @@ import json
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -40,21 +41,29 @@ def main() -> int:
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     plan = Plan(options.seconds, options.times, options.clients, seed, levels=tuple(options.levels))
+    commit = hardware.commit()
     report = soak(plan, lambda line: print(line, flush=True))
     how_much = f"--seconds {options.seconds:g}" if options.times is None else f"--times {options.times}"
     content = {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
-        "commit": hardware.commit(),
+        "commit": commit,
         "command": f"python benchmarks/soak_faults.py {how_much} --clients {options.clients} --seed {seed} "
         f"--levels {' '.join(options.levels)}",
         "hardware": msgspec.to_builtins(hardware.describe()),
         **msgspec.to_builtins(report),
     }
-    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(_dumps(content), encoding="utf-8")
     print(f"\n{table(report)}\n\n{options.out}")
     for problem in report.problems:
         print(f"WRONG: {problem}")
     return 1 if report.problems else 0
+
+
+def _dumps(content: dict[str, Any]) -> str:
+    """Return JSON in which each fault takes a line."""
+    faults = ",\n  ".join(json.dumps(each) for each in content["injected"])
+    whole = json.dumps({**content, "injected": []}, indent=1)
+    return whole.replace('"injected": []', f'"injected": [\n  {faults}\n ]') + "\n"
 
 
 if __name__ == "__main__":

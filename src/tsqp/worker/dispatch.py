@@ -191,9 +191,9 @@ class Dispatcher:
     def _failure(self, request_id: int, error: Exception) -> list[Buffer]:
         """Write the failure that an error becomes. A bug's own words stay in the log.
 
-        Memory may be lacking anywhere, also for what is copied around a product: that is no bug. The error forgets where
-        it was raised: those frames have the request and what computed it, and they and the error would wait together
-        for the garbage collector, with the memory that the client shared, long after that is gone.
+        Memory may be lacking anywhere, also for what is copied around a product: that is no bug. The error forgets
+        where it was raised: those frames have the request, and would wait with the error for the garbage collector, and
+        with them the memory that the client shared, long after that is gone.
         """
         self.errors += 1
         raised = error
