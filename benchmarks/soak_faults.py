@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import math
 import secrets
 import sys
 from pathlib import Path
@@ -31,8 +32,8 @@ from tsqp.bench import hardware
 def main() -> int:
     """Soak, write the report, and return how the process ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0, help="how long faults are injected")
-    parser.add_argument("--times", type=int, help="how often each is injected, however long it takes")
+    parser.add_argument("--seconds", type=float, help="how long faults are injected; 600, or with --times no limit")
+    parser.add_argument("--times", type=int, help="how often each is injected at most")
     parser.add_argument("--clients", type=int, default=6, help="of each of the two servers")
     parser.add_argument("--levels", nargs="+", choices=LANES, default=["masked", "open"], help="a server for each")
     parser.add_argument("--seed", type=int, help="of all that is chosen; a new one by default")
@@ -40,14 +41,16 @@ def main() -> int:
     options = parser.parse_args()
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
-    plan = Plan(options.seconds, options.times, options.clients, seed, levels=tuple(options.levels))
+    seconds = options.seconds or (600.0 if options.times is None else math.inf)
+    plan = Plan(seconds, options.times, options.clients, seed, levels=tuple(options.levels))
     commit = hardware.commit()
     report = soak(plan, lambda line: print(line, flush=True))
-    how_much = f"--seconds {options.seconds:g}" if options.times is None else f"--times {options.times}"
+    how_much = [f"--seconds {seconds:g}"] if math.isfinite(seconds) else []
+    how_much += [f"--times {options.times}"] if options.times else []
     content = {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "commit": commit,
-        "command": f"python benchmarks/soak_faults.py {how_much} --clients {options.clients} --seed {seed} "
+        "command": f"python benchmarks/soak_faults.py {' '.join(how_much)} --clients {options.clients} --seed {seed} "
         f"--levels {' '.join(options.levels)}",
         "hardware": msgspec.to_builtins(hardware.describe()),
         **msgspec.to_builtins(report),

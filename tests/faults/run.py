@@ -54,8 +54,8 @@ class Plan(NamedTuple):
     """How much of it.
 
     Attributes:
-        seconds: for how long faults are injected; each kind once at least.
-        times: how often each kind is, over all lanes, whatever time it takes; None means as often as fits.
+        seconds: for how long faults are injected; where ``times`` is None each kind is once at least.
+        times: how often each kind is at most, over all lanes; None means as often as fits.
         clients: of each server.
         seed: of all that is chosen.
         slack_s: what noticing may take beyond what is stated, as the machine has other work.
@@ -181,11 +181,20 @@ class _Injecting:
     def _order(self, name: str, here: list[str]) -> Iterator[str]:
         """Yield each kind once, or as often as asked, over all lanes; then, until time is over, any of them."""
         chance = random.Random(f"{self._plan.seed} order {name}")
-        order = [kind for kind in here for _ in range(self._share(name, kind))]
-        chance.shuffle(order)
-        yield from order
-        while self._plan.times is None and time.monotonic() < self._began + self._plan.seconds:
+        shares = {kind: self._share(name, kind) for kind in here}
+        for done in range(max(shares.values())):
+            turn = [kind for kind, share in shares.items() if share > done]
+            chance.shuffle(turn)
+            for kind in turn:
+                if self._plan.times and self._is_over:
+                    return
+                yield kind
+        while self._plan.times is None and not self._is_over:
             yield chance.choice(here)
+
+    @property
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._began + self._plan.seconds
 
     def _share(self, name: str, kind: str) -> int:
         """Return how often one lane injects a kind that several may."""
