@@ -43,6 +43,9 @@ _OTHER_MECHANISM = (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.PROTOCOL_ERROR_ZMTP
 # messages counts it.
 _CURVE_BYTES = 33
 _PROBE_S = 1.0
+# A client whose machine or network has gone without a word is asked after a minute without bytes, and then three times:
+# else its connection, and what was sent on it, would stay for ever (tcp(7)).
+_KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 3}
 # ZMTP's greeting (ZeroMQ RFC 23): a signature, the version, and then the mechanism, which who is greeted answers with.
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
 _MECHANISM = slice(12, 32)
@@ -225,6 +228,8 @@ class ZmqListener:
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _ALIVE_MS)
+        for option, value in _KEEPALIVE.items():
+            self._socket.setsockopt(option, value)
         if key:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)

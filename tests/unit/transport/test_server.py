@@ -12,6 +12,7 @@ from contextlib import closing as closed_after
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import zmq
@@ -334,6 +335,21 @@ def test_the_socket_file_of_a_dead_worker_is_reused(socket_path: Endpoint, serve
     assert Path(socket_path.path).is_socket()
     server = serve(socket_path)
     exchange(connect(socket_path), server)
+
+
+def test_a_worker_asks_whether_a_silent_client_is_there(serve: Serve, connect: Connect) -> None:
+    """Else a connection whose client's machine has gone would stay for ever."""
+    endpoint = parse(f"127.0.0.1:{free_port()}")
+    server = serve(endpoint)
+    exchange(connect(endpoint), server)
+    (accepted,) = (
+        each
+        for each in psutil.Process().net_connections("tcp")
+        if each.laddr.port == endpoint.port and each.status == psutil.CONN_ESTABLISHED
+    )
+    with socket.socket(fileno=os.dup(accepted.fd)) as connection:
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
 
 
 def test_nothing_is_left_where_a_server_has_ended(path: Endpoint) -> None:
