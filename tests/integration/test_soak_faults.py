@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from faults.load import Answer, Asked, Tally
 from faults.masked_words import NEAR, WORDS, MaskedWords, Sent
 from faults.programs import failed_clearly
-from faults.report import table
+from faults.report import Report, table
 from faults.run import FAULTS, Plan, soak
 
+ROOT = Path(__file__).parents[2]
 KINDS = {kind.kind for lane in FAULTS.values() for kind in lane} | {"disk full while packing"}
 # The machine may have anything else to do: nothing fails here for being slow.
 PATIENCE_S = 120.0
@@ -29,6 +33,16 @@ def test_every_fault_is_noticed_and_nothing_wrong_is_delivered_or_left() -> None
     assert report.masked.rows > 100
     assert all(each.right > 0 and each.wrong == each.lost == 0 for each in report.clients)
     assert f"Seed {report.seed}" in table(report)
+
+
+def test_the_table_in_the_docs_is_that_of_the_kept_result() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- soak:faults -->\n(.*?)\n<!-- /soak -->", page, re.DOTALL)
+    assert shown
+    name = re.search(r"benchmarks/results/(soak-faults-[\d-]+\.json)", page)
+    assert name
+    result = (ROOT / "benchmarks" / "results" / name[1]).read_bytes()
+    assert table(msgspec.json.decode(result, type=Report)) in shown[1]
 
 
 # The judge itself -----------------------------------------------------------------------------------------------------
