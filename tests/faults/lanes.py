@@ -24,6 +24,7 @@ MODEL = "tiny"
 REQUEST_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S = 1.5
 MESSAGE_BYTES = 4 << 20
+REGION_PREFIX = f"tsqp-soak-{os.getpid()}-"
 _CONTEXT = 512
 _LOOK_S = 0.1
 _PATIENCE_S = 90.0
@@ -275,7 +276,7 @@ def masked_lane(site: Site, name: str, seed: int) -> Lane:
 def open_lane(site: Site, name: str, seed: int) -> Lane:
     """A server at `open` before one worker, which listens everywhere: tcp, ipc, shared memory of both kinds."""
     run = site.directory / "run"
-    named = f"shm:///dev/shm/tsqp-soak-{os.getpid()}-{free_port()}"
+    named = f"shm:///dev/shm/{REGION_PREFIX}{free_port()}"
     addresses = [f"127.0.0.1:{free_port()}", f"ipc://{run}/c", f"shm://{run}/c.shm", named]
     return Lane(site, "open", name, [WorkerAt(site.worker(f"worker {name}", site.floats, addresses), addresses)], seed)
 

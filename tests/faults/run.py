@@ -79,7 +79,6 @@ def soak(plan: Plan, say: Say) -> Report:
         plan: how much.
         say: told what happens, line by line.
     """
-    regions = named_regions()
     with tempfile.TemporaryDirectory(prefix="tsqp-soak-") as name:
         site = Site(Path(name))
         say(f"starting servers at {', '.join(plan.levels)} and their workers")
@@ -89,7 +88,7 @@ def soak(plan: Plan, say: Say) -> Report:
             injecting.run()
             system.end_programs()
             after, each_after = system.at_rest()
-        left = [*system.ended_badly, *_left(regions, site)]
+        left = [*system.ended_badly, *_left(site)]
     grown = [
         f"{name} grew from {each_before[name]} to {(memory, files)} bytes and descriptors"
         for name, (memory, files) in each_after.items()
@@ -114,10 +113,10 @@ def soak(plan: Plan, say: Say) -> Report:
     )
 
 
-def _left(regions: set[Path], site: Site) -> list[str]:
+def _left(site: Site) -> list[str]:
     """Say what is there that was not before, now that all has ended."""
     found = [f"process {each.pid}: {' '.join(each.cmdline())}" for each in psutil.Process().children(recursive=True)]
-    found += [f"shared memory {each}" for each in named_regions() - regions]
+    found += [f"shared memory {each}" for each in named_regions()]
     return found + [f"socket {each}" for each in site.directory.rglob("*") if each.is_socket()]
 
 

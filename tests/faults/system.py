@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from faults.inject import _SETTLE_S, _elapsed
 from faults.kinds import freed
-from faults.lanes import LANES, Lane, Site
+from faults.lanes import LANES, REGION_PREFIX, Lane, Site
 from faults.programs import Disk, Prefills
 from faults.report import Held
 
@@ -67,8 +67,8 @@ class System:
 
 
 def named_regions() -> set[Path]:
-    """Return the files of named regions."""
-    return {each for each in SHARED.iterdir() if "tsqp" in each.name}
+    """Return the files of this soak's named regions; others may have theirs on the same machine."""
+    return set(SHARED.glob(f"{REGION_PREFIX}*"))
 
 
 @contextmanager
