@@ -71,9 +71,10 @@ class WorkerConfig:
     key. ``memory_limit``: at how many bytes of its own memory the process ends; None allows what the model takes and
     room beside it. ``serves``: float products (``open``), exact products of int8
     codes (``exact``), a dealer's mask products (``masks``), or by the model: ``exact`` for a packed one.
-    ``cuda_graphs``: whether a GPU's products that repeat are captured. ``metrics``: where Prometheus reads what it
-    does, ``host:port``; None means nowhere. ``log_level`` and ``log_format``: what is logged to standard error, and how
-    (``tsqp/logs.py``).
+    ``cuda_graphs``: whether a GPU's products that repeat are captured. ``max_clients``: connections that are served.
+    ``max_client_requests`` and ``max_client_bytes``: what one of them may have waiting, replies included
+    (``worker/clients.py``). ``metrics``: where Prometheus reads what it does, ``host:port``; None means nowhere.
+    ``log_level`` and ``log_format``: what is logged to standard error, and how (``tsqp/logs.py``).
     """
 
     SECTION: typing.ClassVar[str] = "worker"
@@ -94,6 +95,9 @@ class WorkerConfig:
     metrics: str | None = _setting(None, "TSQP_METRICS")
     log_level: str = _setting("info", "TSQP_LOG_LEVEL", choices=logs.LEVELS)
     log_format: str = _setting("text", "TSQP_LOG_FORMAT", choices=logs.FORMS)
+    max_clients: int = _setting(256, "TSQP_MAX_CLIENTS", limits=(1, 1 << 16))
+    max_client_requests: int = _setting(64, "TSQP_MAX_CLIENT_REQUESTS", limits=(1, 1 << 16))
+    max_client_bytes: int = _setting(256 << 20, "TSQP_MAX_CLIENT_BYTES", limits=(1, 1 << 40))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

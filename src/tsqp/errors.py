@@ -79,6 +79,10 @@ class TransportClosedError(TransportError):
     """A peer that had answered is gone."""
 
 
+class BusyError(TransportError):
+    """A worker holds as much of this client as it may, or has as many clients; later it may not."""
+
+
 class HostileError(TsqpError):
     """A peer sent something it must not send: stop using it."""
 

@@ -68,6 +68,16 @@ def worker(
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
+    max_clients: Annotated[
+        int | None, typer.Option(help="How many clients are served; more are refused.", show_default="256")
+    ] = None,
+    max_client_requests: Annotated[
+        int | None, typer.Option(help="How many requests of one client may wait.", show_default="64")
+    ] = None,
+    max_client_bytes: Annotated[
+        int | None,
+        typer.Option(help="How many bytes one client's requests and replies may hold.", show_default="268435456"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object when ready.")] = False,
     exit_with_parent: Annotated[bool, typer.Option("--exit-with-parent", hidden=True)] = False,
 ) -> None:
@@ -90,6 +100,9 @@ def worker(
         "insecure": "on" if insecure else None,
         "memory_limit": memory_limit,
         "cuda_graphs": cuda_graphs,
+        "max_clients": max_clients,
+        "max_client_requests": max_client_requests,
+        "max_client_bytes": max_client_bytes,
     }
     serve(flags, as_json=json, exit_with_parent=exit_with_parent)
 

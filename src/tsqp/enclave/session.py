@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tsqp import __version__
+from tsqp.enclave.refusals import Refusals
 from tsqp.errors import (
+    BusyError,
     DeviceMemoryError,
     InputError,
     InternalError,
@@ -54,6 +56,11 @@ class Session:
         self._waiting: dict[int, str] = {}
         # What those requests sent: slots that are kept are given back when the reply is taken.
         self._frames: dict[int, Sequence[Buffer]] = {}
+        # And their headers: what a busy worker refuses is sent again as it was.
+        self._headers: dict[int, bytes] = {}
+        self._refusals = Refusals()
+        # Whether frames may be slots, which end when they are sent.
+        self._has_slots = False
         self._arrived: dict[int, tuple[AnyReply, Delivery]] = {}
         self._abandoned: set[int] = set()
         self.meter = meter or Meter()
@@ -76,7 +83,10 @@ class Session:
         """
         size = codec.size_of(spec)
         slot = self._transport.allocate(size, kept=kept) if size else None
-        return codec.empty(spec) if slot is None else (codec.tensor_of(spec, slot), slot)
+        if slot is None:
+            return codec.empty(spec)
+        self._has_slots = True
+        return codec.tensor_of(spec, slot), slot
 
     def framed(self, x: Tensor, dtype: torch.dtype) -> memoryview:
         """Return a frame of a tensor in a dtype, to submit: in shared memory if there is room, else in private memory.
@@ -86,6 +96,7 @@ class Session:
         slot = self._transport.allocate(x.numel() * dtype.itemsize) if x.numel() else None
         if slot is None:
             return codec.frame_of(x if x.dtype == dtype else x.to(dtype))
+        self._has_slots = True
         try:
             codec.tensor_of(TensorSpec(codec.dtype_name(dtype), tuple(x.shape)), slot).copy_(x)
         except BaseException:
@@ -136,6 +147,7 @@ class Session:
             self.meter.recorder.sent(request_id, operation)
         self._transport.send(message)
         self._waiting[request_id] = operation
+        self._headers[request_id] = message[0]
         self.meter.round_trips += 1
         self.meter.bytes_sent += sum(map(len, message))
         return request_id
@@ -166,6 +178,7 @@ class Session:
 
         Raises:
             TransportTimeoutError, TransportClosedError: the worker is slow or gone.
+            BusyError: it refused the request, sent again and again, until the time was over.
             ProtocolError: it sent something invalid or never asked for.
             InputError, DeviceMemoryError: it could not carry the request out.
             InternalError: no such request is in flight.
@@ -184,6 +197,7 @@ class Session:
                 self.meter.recorder.span("waiting", started)
         reply, delivery = self._arrived.pop(request_id)
         operation = self._waiting.pop(request_id)
+        self._headers.pop(request_id)
         self.discard(*self._frames.pop(request_id))
         if not isinstance(reply, kind):
             delivery.release()
@@ -201,9 +215,14 @@ class Session:
         return reply, delivery
 
     def _receive(self, awaited: int, timeout_s: float, limit_s: float) -> None:
+        wait_s = min(timeout_s, self._send_again()) if self._refusals else timeout_s
         try:
-            delivery = self._transport.receive(timeout_s)
+            delivery = self._transport.receive(wait_s)
         except TransportTimeoutError as error:
+            if wait_s < timeout_s:
+                return
+            if sentence := self._refusals.sentence(awaited):
+                raise BusyError(f"{self._waiting[awaited]}: {sentence}") from error
             raise TransportTimeoutError(
                 f"{self._waiting[awaited]}: the {self._role} at {self.peer} did not answer within {limit_s:g} s "
                 "(TSQP_REQUEST_TIMEOUT_S sets the limit)."
@@ -214,6 +233,10 @@ class Session:
         except ProtocolError as error:
             delivery.release()
             raise ProtocolError(f"{self._waiting[awaited]} at {self.peer}: {error}") from error
+        if isinstance(reply, Failure) and reply.code == "busy" and self._was_refused(reply):
+            return
+        if self._refusals:
+            self._refusals.forget(reply.id)
         if reply.id in self._abandoned:
             self._abandoned.remove(reply.id)
             delivery.release()
@@ -226,10 +249,28 @@ class Session:
         delivery = Delivery(tensors, delivery.shared, delivery.release)
         self._arrived[reply.id] = (reply, delivery if reply.id == awaited else Delivery(delivery.private()))
 
+    def _was_refused(self, reply: Failure) -> bool:
+        """Note a request that was refused and can be sent again, with the same bytes; tell whether it is one."""
+        frames = self._frames.get(reply.id)
+        if frames is None or (frames and self._has_slots) or reply.id in self._arrived:
+            return False
+        self._refusals.add(reply.id, f"the {self._role} at {self.peer} is busy: {printable(reply.message)}")
+        return True
+
+    def _send_again(self) -> float:
+        """Send what was refused long enough ago; return in how many seconds there is more."""
+        for request_id in self._refusals.due():
+            message = [self._headers[request_id], *self._frames[request_id]]
+            self._transport.send(message)
+            self.meter.bytes_sent += sum(map(len, message))
+        return self._refusals.pause_s()
+
     def abandon(self) -> None:
         """Forget every request in flight: their replies are dropped when they come."""
-        self._abandoned |= self._waiting.keys() - self._arrived.keys()
+        self._abandoned |= self._waiting.keys() - self._arrived.keys() - self._refusals.unsent()
+        self._refusals.clear()
         self._waiting.clear()
+        self._headers.clear()
         for frames in self._frames.values():
             self.discard(*frames)
         self._frames.clear()
@@ -326,5 +367,10 @@ def _role(welcome: messages.Welcome) -> str:
 
 def _failure(reply: Failure, operation: str, peer: str) -> Exception:
     text = f"{operation} failed at the {peer}: {printable(reply.message)}"
-    kinds: dict[str, type[Exception]] = {"memory": DeviceMemoryError, "input": InputError, "internal": InternalError}
+    kinds: dict[str, type[Exception]] = {
+        "memory": DeviceMemoryError,
+        "input": InputError,
+        "busy": BusyError,
+        "internal": InternalError,
+    }
     return kinds.get(reply.code, ProtocolError)(text)

@@ -8,11 +8,12 @@ slots, or none free, it gives None, and the caller uses memory of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from msgspec import Struct
+from msgspec import Struct, field
 
-from tsqp.transport.spinning import Ahead
+if TYPE_CHECKING:  # it needs torch, and accounts of clients do not
+    from tsqp.transport.spinning import Ahead
 
 Buffer = bytes | bytearray | memoryview
 
@@ -46,6 +47,33 @@ class Delivery(Struct, frozen=True):
         return frames
 
 
+class Client:
+    """Who sends messages over one connection, known by identity.
+
+    Attributes:
+        is_full: set by who serves it, while it holds as much as it may. A transport that can leaves its messages unread
+            then.
+    """
+
+    def __init__(self) -> None:
+        self.is_full = False
+        self._is_gone = False
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the connection has ended, as far as is known."""
+        return self._is_gone
+
+    @property
+    def unread_bytes(self) -> int:
+        """Of replies that it has not read, and that this process holds."""
+        return 0
+
+    def end(self) -> None:
+        """Note that the connection has ended."""
+        self._is_gone = True
+
+
 class Incoming(Struct, frozen=True):
     """A message as a server receives it.
 
@@ -56,12 +84,14 @@ class Incoming(Struct, frozen=True):
         allocate: returns a writable slot of that many bytes for a frame of the reply, or None: no shared memory, no
             room at the moment, a short frame, or the client is gone. Slots that are not in the reply are free again
             once it is given.
+        client: who sent it.
     """
 
     frames: Sequence[Buffer]
     legacy: bool
     reply: Callable[[Sequence[Buffer]], None]
     allocate: Callable[[int], memoryview | None] = _no_slot
+    client: Client = field(default_factory=Client)
 
 
 class ClientTransport(Protocol):
@@ -118,5 +148,5 @@ class ServerTransport(Protocol):
     def receive(self, timeout_s: float) -> Incoming | None:
         """Wait for one message; None when none came within ``timeout_s`` seconds."""
 
-    def close(self) -> None:
-        """Close at once. May be called twice."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close, but let replies that are on their way leave for at most so long. May be called twice."""

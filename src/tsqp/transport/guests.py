@@ -1,7 +1,7 @@
 """The clients of a shared-memory listener, whatever their doorbell: who is heard, what waits for room, who is dropped.
 
-A client is not heard while a reply to it waits for room: what it can make the worker hold is one message, and what it
-has sent before.
+A client is not heard while a reply to it waits for room, nor while it holds as much as it may (``Client.is_full``):
+what it can make the worker hold is that, one message more, and its region.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tsqp.errors import InputError, ProtocolError
-from tsqp.transport.base import Buffer, Incoming
+from tsqp.transport.base import Buffer, Client, Incoming
 from tsqp.transport.link import Link
 
 # How soon to try again where a message waits for room.
@@ -33,16 +33,20 @@ class Guest:
         link: to it, once it has a region.
         since: when it came, or when its oldest reply began to wait.
         answering: messages of its that have no reply yet: their frames and slots may be in use.
+        waits: it is not heard.
+        client: who it is to the worker.
     """
 
     key: int
     link: Link | None = None
     since: float = field(default_factory=time.monotonic)
     answering: int = 0
+    waits: bool = False
+    client: Client = field(default_factory=Client)
 
 
 class OnWait(Protocol):
-    """Told that a client is no longer heard, since a reply waits for ``room``, and that it is heard again."""
+    """Told that a client is no longer heard, since it waits for ``room``, and that it is heard again."""
 
     def __call__(self, guest: Guest, *, room: bool) -> None:
         """React."""
@@ -69,8 +73,8 @@ class Guests:
 
     @property
     def has_unsent(self) -> bool:
-        """Whether a reply waits for room."""
-        return any(guest.link and guest.link.has_unsent for guest in self._guests.values())
+        """Whether a client waits for room."""
+        return any(guest.waits for guest in self._guests.values())
 
     def add(self, guest: Guest) -> None:
         """Take a client in."""
@@ -98,12 +102,11 @@ class Guests:
 
     def _heard(self, guest: Guest, is_ready: Callable[[Guest], bool]) -> Incoming | None:
         link = guest.link
-        if link and link.has_unsent:
+        if link and guest.waits:
             link.flush()
-            if not link.has_unsent:
-                self._on_wait(guest, room=False)
-            elif time.monotonic() > guest.since + PATIENCE_S:
+            if link.has_unsent and time.monotonic() > guest.since + PATIENCE_S:
                 raise ProtocolError("it took no reply.")
+        if link and self._must_wait(guest, link):
             return None
         if not is_ready(guest) or link is None:
             return None
@@ -112,7 +115,15 @@ class Guests:
             link.leave_core()
         guest.answering += 1
         exchange = _Exchange(self, guest, link, number)
-        return Incoming(delivery.frames or (b"",), False, exchange.reply, exchange.allocate)
+        return Incoming(delivery.frames or (b"",), False, exchange.reply, exchange.allocate, guest.client)
+
+    def _must_wait(self, guest: Guest, link: Link) -> bool:
+        """Tell whether a client is not heard now; who polls is told of changes."""
+        waits = link.has_unsent or guest.client.is_full
+        if waits != guest.waits:
+            guest.waits = waits
+            self._on_wait(guest, room=waits)
+        return waits
 
     def reply(self, guest: Guest, link: Link, frames: Sequence[Buffer], number: int) -> None:
         """Send a client the reply to its message of a number."""
@@ -126,13 +137,28 @@ class Guests:
             return
         if link.has_unsent and not waited:
             guest.since = time.monotonic()
-            self._on_wait(guest, room=True)
+        self._must_wait(guest, link)
+
+    def drain(self, limit_s: float) -> None:
+        """Let replies that wait for room leave, for at most so long; nobody is heard."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            unsent = [(guest, guest.link) for guest in self if guest.link and guest.link.has_unsent]
+            for guest, link in unsent:
+                try:
+                    link.flush()
+                except (OSError, EOFError, ProtocolError) as error:  # noqa: PERF203  each client's own
+                    self.drop(guest, error)
+            if not unsent:
+                return
+            time.sleep(RETRY_S)
 
     def drop(self, guest: Guest, error: Exception) -> None:
         """End a client's link."""
         if isinstance(error, (ProtocolError, InputError)):
             _log.warning("dropped a client of shared memory: %s", error)
         del self._guests[guest.key]
+        guest.client.end()
         self._on_drop(guest)
 
     def drop_all(self) -> None:

@@ -177,7 +177,7 @@ class PolledListener:
 
     @property
     def has_unsent(self) -> bool:
-        """Whether a reply waits for room."""
+        """Whether a client waits for room."""
         return self._guests.has_unsent
 
     @property
@@ -229,8 +229,12 @@ class PolledListener:
         self._region.seats[guest.key].words[GRANT] = _NOBODY
         self._leaving.append(guest)
 
-    def close(self) -> None:
-        """Tell every client, and remove the region's name. May be called twice."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Tell every client, once replies have left or after ``linger_s``, and remove the region's name.
+
+        May be called twice.
+        """
+        self._guests.drain(linger_s)
         self._pulse.stop()
         self._region.close()
 

@@ -15,7 +15,7 @@ from tsqp.transport.base import Incoming
 from tsqp.transport.keys import KeyPair
 from tsqp.transport.spinning import Ahead, spin
 from tsqp.transport.urls import Endpoint
-from tsqp.transport.zeromq import ZmqListener
+from tsqp.transport.zeromq_listener import ZmqListener
 
 # A poll counts milliseconds; what is to take less is slept.
 _POLL_TICK_S = 0.001
@@ -41,8 +41,8 @@ class Listener(Protocol):
     def take(self, ready: Container[object]) -> Incoming | None:
         """Return a message if there is one among what is ready."""
 
-    def close(self) -> None:
-        """Close at once. May be called twice."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close, but let replies leave for at most so long. May be called twice."""
 
 
 class Server:
@@ -151,10 +151,11 @@ class Server:
             left = end - time.perf_counter()
         return {}
 
-    def close(self) -> None:
-        """Close every link at once. May be called twice."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close every link, but let replies that are on their way leave for at most so long. May be called twice."""
+        deadline = time.monotonic() + linger_s
         for listener in self._listeners:
-            listener.close()
+            listener.close(max(0.0, deadline - time.monotonic()))
 
 
 def _shared_memory(endpoint: Endpoint, max_message_bytes: int, poller: zmq.Poller) -> Listener:

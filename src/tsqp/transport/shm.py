@@ -9,6 +9,7 @@ docs/decisions/0007 says why it is built so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -209,7 +210,7 @@ class ShmListener:
 
     @property
     def has_unsent(self) -> bool:
-        """Whether a reply waits for room, so that ``take`` should be called again soon."""
+        """Whether a client waits for room, so that ``take`` should be called again soon."""
         return self._guests.has_unsent
 
     @property
@@ -263,7 +264,7 @@ class ShmListener:
         return Link(SocketBell(connection), region, client=False)
 
     def _wait_for(self, guest: Guest, *, room: bool) -> None:
-        """Stop hearing a client while a reply to it waits for room."""
+        """Stop hearing a client while it waits for room."""
         if room:
             self._poller.unregister(guest.key)
         else:
@@ -272,10 +273,17 @@ class ShmListener:
     def _hang_up(self, guest: Guest) -> None:
         if guest.key in self._poller:
             self._poller.unregister(guest.key)
-        self._connections.pop(guest.key).close()
+        connection = self._connections.pop(guest.key)
+        # With messages unread the kernel would reset the connection, and the client lose replies that it has not read.
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RD)
+            while connection.recv(1):
+                pass
+        connection.close()
 
-    def close(self) -> None:
-        """Close every link and remove the socket. May be called twice."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close every link, after replies have left or ``linger_s``, and remove the socket. May be called twice."""
+        self._guests.drain(linger_s)
         self._guests.drop_all()
         if self._socket.fileno() >= 0:
             if not self._accept_after:

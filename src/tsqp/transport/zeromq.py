@@ -1,4 +1,4 @@
-"""ZeroMQ transport: DEALER in the enclave, ROUTER in the worker, over ``tcp://`` and ``ipc://``.
+"""An enclave's side of ZeroMQ, a DEALER socket, over ``tcp://`` and ``ipc://``; zeromq_listener.py has the worker's.
 
 Large frames are neither copied when sent nor when received (pyzmq ``copy=False``). With a key of the worker's, links
 are encrypted and the worker proves that it holds the key (CURVE); clients prove theirs to a worker with an allow-list,
@@ -7,15 +7,11 @@ and are anonymous to others. libzmq copies frames then.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import socket as unix
 import time
-from collections.abc import Container, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import zmq
 import zmq.utils.monitor
@@ -28,39 +24,23 @@ from tsqp.errors import (
     TransportClosedError,
     TransportTimeoutError,
 )
-from tsqp.transport.base import Buffer, Delivery, Incoming
+from tsqp.transport.base import Buffer, Delivery
 from tsqp.transport.keys import KeyPair, check_public, ephemeral
-from tsqp.transport.sockets import check_free, check_own, owner_only
+from tsqp.transport.sockets import check_own
 from tsqp.transport.urls import Endpoint
-
-if TYPE_CHECKING:
-    from tsqp.transport.allowing import AllowList
 
 _REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _CLIENT_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _REFUSALS
 _OTHER_MECHANISM = (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 # What CURVE adds to a frame on the wire: command name, nonce, authenticator, flags (ZeroMQ RFC 26). The limit on
 # messages counts it.
-_CURVE_BYTES = 33
+CURVE_BYTES = 33
 _PROBE_S = 1.0
-# A client whose machine or network has gone without a word is asked after a minute without bytes, and then three times:
-# else its connection, and what was sent on it, would stay for ever (tcp(7)).
-_KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 3}
 # ZMTP's greeting (ZeroMQ RFC 23): a signature, the version, and then the mechanism, which who is greeted answers with.
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00"
 _MECHANISM = slice(12, 32)
 _GREETING_BYTES = 32
 _CURVE = b"CURVE"
-# How many messages of a client libzmq takes in before the worker asks for them; the rest waits on the client's side.
-_WAITING = 16
-# How many frames of a message are kept: more than any valid one has. The others are received, as they must be, and
-# dropped.
-_KEPT_FRAMES = 16
-# A connection that has not shaken hands by then is closed.
-_HANDSHAKE_MS = 10_000
-# How often libzmq asks a silent client whether it is there, and how long that may take: the longest frame, on a slow
-# link.
-_HEARTBEAT_MS, _ALIVE_MS = 60_000, 300_000
 # What a UNIX socket may hold unread: the largest tensors of a 128-token prefill whole. The kernel caps it at
 # net.core.wmem_max; at its default of 208 KB, both ends wake each other a dozen times per tensor.
 _IPC_BUFFER_BYTES = 4 << 20
@@ -91,7 +71,7 @@ class ZmqClient:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if own else 0))
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (CURVE_BYTES if own else 0))
         if own and self._server_key:
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, own.public)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, own.secret)
@@ -147,7 +127,7 @@ class ZmqClient:
         message = zmq.utils.monitor.recv_monitor_message(self._monitor)
         event = message["event"]
         if event == zmq.EVENT_CONNECTED:
-            _deepen(message["value"])
+            deepen(message["value"])
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._is_connected = True
         elif self._is_connected and event == zmq.EVENT_DISCONNECTED and not self._socket.poll(0):
@@ -191,114 +171,7 @@ class ZmqClient:
         self._context.term()
 
 
-class ZmqListener:
-    """A worker's ROUTER socket, bound to one or more endpoints.
-
-    Args:
-        endpoints: where to listen.
-        max_message_bytes: a larger frame from a client ends that client's connection.
-        poller: where to register the sockets.
-        key: the worker's own; clients must know its public part then, on every endpoint.
-        allowed: which clients may connect, by their public keys; it takes a key. None: any that knows the worker's,
-            since libzmq accepts all keys where nothing answers for it.
-
-    Raises:
-        SetupError: an address is in use or cannot be bound.
-    """
-
-    has_unsent = False
-    pause_s = math.inf
-    # Another thread, libzmq's own, needs the core to receive the next message.
-    spin_s = 0.0
-
-    def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        max_message_bytes: int,
-        poller: zmq.Poller,
-        key: KeyPair | None = None,
-        allowed: frozenset[bytes] | None = None,
-    ) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._allow_list = _answering(self._context, allowed) if allowed is not None else None
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + (_CURVE_BYTES if key else 0))
-        self._socket.setsockopt(zmq.RCVHWM, _WAITING)
-        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _ALIVE_MS)
-        for option, value in _KEEPALIVE.items():
-            self._socket.setsockopt(option, value)
-        if key:
-            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
-            self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
-        if self._allow_list:
-            self._allow_list.guard(self._socket)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
-        self._poller = poller
-        self._paths: list[Path] = []
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        try:
-            for endpoint in endpoints:
-                _bind(self._socket, endpoint)
-                if endpoint.scheme == "ipc":
-                    self._paths.append(Path(endpoint.path))
-        except BaseException:
-            self.close()
-            raise
-
-    def take(self, ready: Container[object]) -> Incoming | None:
-        """Return a message if the socket is among those ready."""
-        if self._monitor in ready:
-            _deepen(zmq.utils.monitor.recv_monitor_message(self._monitor)["value"])
-        if self._socket not in ready:
-            return None
-        identity = self._socket.recv(copy=False)
-        frames = tuple(frame.buffer for frame in self._rest())
-        route = [identity.bytes]
-        legacy = bool(frames) and len(frames[0]) == 0
-        if legacy:
-            route, frames = [identity.bytes, b""], frames[1:]
-        return Incoming(frames, legacy, partial(self._reply, route))
-
-    def _rest(self) -> list[zmq.Frame]:
-        """Receive a message's frames after the first, and keep so many that one has too many still has."""
-        kept: list[zmq.Frame] = []
-        more = True
-        while more:
-            frame = self._socket.recv(copy=False)
-            if len(kept) < _KEPT_FRAMES:
-                kept.append(frame)
-            more = frame.more
-        return kept
-
-    def _reply(self, route: list[bytes], frames: Sequence[Buffer]) -> None:
-        self._socket.send_multipart([*route, *frames], copy=False)
-
-    def close(self) -> None:
-        """Close the sockets and the context, and remove those of ipc, which libzmq leaves. May be called twice."""
-        if not self._socket.closed:
-            for path in self._paths:
-                path.unlink(missing_ok=True)
-            self._poller.unregister(self._socket)
-            self._poller.unregister(self._monitor)
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._socket.close(linger=0)
-        if self._allow_list:
-            self._allow_list.close()
-        self._context.term()
-
-
-def _answering(context: zmq.Context[zmq.Socket[bytes]], allowed: frozenset[bytes]) -> AllowList:
-    from tsqp.transport.allowing import AllowList  # noqa: PLC0415  asyncio comes with it, which an enclave does not need
-
-    return AllowList(context, allowed)
-
-
-def _deepen(descriptor: int) -> None:
+def deepen(descriptor: int) -> None:
     """Let a new ipc connection hold a whole tensor. TCP sizes its own buffers; a connection already gone is let be."""
     try:
         with unix.socket(fileno=os.dup(descriptor)) as connection:
@@ -320,19 +193,3 @@ def _mechanism(endpoint: Endpoint) -> bytes:
     except OSError:
         return b""
     return theirs[_MECHANISM].rstrip(b"\0") if theirs[:1] == _GREETING[:1] else b""
-
-
-def _bind(socket: zmq.Socket[bytes], endpoint: Endpoint) -> None:
-    if endpoint.scheme == "ipc":
-        check_free(endpoint)
-    socket.setsockopt(zmq.IPV6, int(":" in endpoint.host))
-    try:
-        with owner_only():
-            socket.bind(endpoint.url)
-    except zmq.ZMQError as error:
-        if error.errno == errno.EADDRINUSE and endpoint.scheme == "tcp":
-            raise SetupError(
-                f"port {endpoint.port} is already in use on {endpoint.host}. "
-                "Stop the process that listens there, or choose another port (--listen, LLAMA_GPU_PORT)."
-            ) from error
-        raise SetupError(f"cannot listen on {endpoint}: {error}.") from error

@@ -27,7 +27,7 @@ Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 DtypeName = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8"]
 # What a process answers: `open` float products, `exact` products modulo 2^32, `masks` a dealer's mask products.
 Service = Literal["open", "exact", "masks"]
-ErrorCode = Literal["protocol", "version", "input", "memory", "internal"]
+ErrorCode = Literal["protocol", "version", "input", "memory", "busy", "internal"]
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):

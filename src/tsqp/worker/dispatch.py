@@ -7,6 +7,7 @@ it hands the ``Product`` back.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -16,14 +17,15 @@ from pathlib import Path
 import msgspec
 
 from tsqp import __version__
-from tsqp.errors import DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError, printable
+from tsqp.errors import BusyError, DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError, printable
 from tsqp.model.architecture import module_count
 from tsqp.model.linears import is_out_of_memory, out_of_memory
 from tsqp.transport.base import Incoming
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Buffer
 from tsqp.wire.messages import AnyRequest, Failure, GroupSpec
-from tsqp.worker.batching import Queue, Waiting
+from tsqp.worker.batching import Queue, Rows, Waiting
+from tsqp.worker.clients import Clients, Limits
 from tsqp.worker.memory import device_memory
 from tsqp.worker.products import Product, Result, compute
 from tsqp.worker.services import WorkerService
@@ -31,11 +33,14 @@ from tsqp.worker.services import WorkerService
 _log = logging.getLogger(__name__)
 _envelope = msgspec.msgpack.Decoder(messages.Envelope)
 
+# Of a number of a result, in bytes.
+_WIDEST = 4
 Send = Callable[[Sequence[Buffer]], None]
 _CODES: tuple[tuple[type[TsqpError], messages.ErrorCode], ...] = (
     (codec.VersionError, "version"),
     (ProtocolError, "protocol"),
     (DeviceMemoryError, "memory"),
+    (BusyError, "busy"),
     (InputError, "input"),
 )
 
@@ -47,13 +52,15 @@ class Dispatcher:
         service: computes the products.
         model: the name or path it was started with; clients are shown the last part.
         digest: the model's digest; of int8 codes, theirs.
+        limits: what its clients may make it hold.
 
     Attributes:
-        queue: what waits to be computed, kept by the worker's loop.
+        queue: requests that were admitted and wait for a product; whoever computes puts them there.
     """
 
-    def __init__(self, service: WorkerService, model: str, digest: str) -> None:
+    def __init__(self, service: WorkerService, model: str, digest: str, limits: Limits | None = None) -> None:
         self.service = service
+        self.clients = Clients(limits or Limits())
         self.queue = Queue()
         self._instance = os.urandom(16).hex()
         self._model = printable(Path(model).name)[: messages.MAX_NAME] or "model"
@@ -91,9 +98,16 @@ class Dispatcher:
             header = request.header
             self.requests[type(header)] += 1
             answer = self._answers.get(type(header))
+            if not isinstance(header, messages.Stats):  # which is for who watches the worker, also when it is full
+                account = self.clients.account(incoming.client)
             if answer is None:
+                account.check_room()
                 rows = self.service.rows(header, request.tensors)
-                return Waiting(header, request.tensors, rows, incoming, size_bytes)
+                held_bytes = size_bytes + reply_bytes(self.service, header, rows)
+                account.add(held_bytes)
+                return Waiting(header, request.tensors, rows, incoming, size_bytes, account, held_bytes)
+            if isinstance(header, messages.State):
+                account.check_room()
             self._send(reply, answer(header.id))
         except Exception as error:  # noqa: BLE001  what a client sends must not end the worker for the others
             request_id = error.request_id if isinstance(error, codec.VersionError) else _request_id(frames)
@@ -112,6 +126,7 @@ class Dispatcher:
             started_ns = max(0, time.monotonic_ns() - product.compute_ns)  # it is done now; for display only
             for request, outcome in zip(product.requests, product.outcomes, strict=True):
                 times = (*product.shares_ns(request), started_ns)
+                request.account.remove(request.held_bytes)
                 self._send(request.incoming.reply, self._result(request, outcome, times))
                 if _log.isEnabledFor(logging.DEBUG):
                     _say(request, outcome, times[0])
@@ -182,6 +197,8 @@ class Dispatcher:
             product_requests=self.product_requests,
             rows=self.rows,
             copy_s=self.copy_ns / 1e9,
+            clients=len(self.clients),
+            refused=self.clients.refused,
             waiting=len(self.queue),
             waiting_bytes=self.queue.size_bytes,
             device_memory_bytes=used_bytes,
@@ -195,7 +212,10 @@ class Dispatcher:
         where it was raised: those frames have the request, and would wait with the error for the garbage collector, and
         with them the memory that the client shared, long after that is gone.
         """
-        self.errors += 1
+        if isinstance(error, BusyError):
+            self.clients.refused += 1
+        else:
+            self.errors += 1
         raised = error
         if is_out_of_memory(error):
             error = out_of_memory("a request", self.service.device)
@@ -217,6 +237,21 @@ def _say(request: Waiting, outcome: Result | Exception, compute_ns: int) -> None
     what = f"{kind}, {rows.count} rows by {rows.name}" if rows else kind
     extra = {"request_id": request.header.id, "duration_s": compute_ns / 1e9}
     _log.debug("%s: %d bytes in, %d out", what, request.size_bytes, len(outcome.frame), extra=extra)
+
+
+def reply_bytes(service: WorkerService, header: AnyRequest, rows: Rows | None) -> int:
+    """Return how many bytes of a result a request asks for, or more."""
+    if rows is not None:
+        return rows.count * service.widths(rows.name)[1] * _WIDEST
+    match header:
+        case messages.Embedding(ids=ids):
+            hidden = next(iter(service.groups.values())).in_features
+            return math.prod(ids.shape) * hidden * _WIDEST
+        case messages.MatMul(a=a, b=b):
+            return math.prod(a.shape[:-1]) * math.prod(b.shape[-1:]) * _WIDEST
+        case messages.Codes(group=group, rows=count) if group in service.groups:
+            return count * service.groups[group].in_features
+    return 0
 
 
 def _request_id(frames: Sequence[Buffer]) -> int:

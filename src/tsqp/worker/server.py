@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tsqp.transport.base import Incoming, ServerTransport
 from tsqp.worker.ahead import WeightsAhead
-from tsqp.worker.batching import MAX_WAITING
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.legacy import LegacyDispatcher, refuse
 from tsqp.worker.products import CpuEngine, Engine
@@ -14,6 +13,8 @@ _POLL_S = 0.5
 # Behind a lone client nobody waits, and to look costs time: once this many products were for one request each, look
 # after as many again.
 _LOOK_EVERY = 16
+# How many messages are taken in between two products at most.
+MAX_TAKEN = 64
 
 
 class Worker:
@@ -59,7 +60,7 @@ class Worker:
                 return
             if self._alone > _LOOK_EVERY and self._alone % _LOOK_EVERY:
                 return
-        for _ in range(MAX_WAITING):  # what is answered at once does not fill the queue
+        for _ in range(MAX_TAKEN):  # what is answered at once does not fill the queue
             if not self._queue.has_room or not self._receive(0.0):
                 return
 

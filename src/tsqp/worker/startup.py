@@ -27,12 +27,16 @@ from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, check_clear, parse
 from tsqp.wire import codec
 from tsqp.wire.messages import Service
+from tsqp.worker.clients import Limits
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.server import Worker
 from tsqp.worker.services import DealerService, ExactService, OpenService
 
 if TYPE_CHECKING:
     from tsqp.worker.metrics import MetricsServer
+
+# How long a worker that ends waits for clients to take their replies.
+LINGER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +65,15 @@ class RunningWorker:
     metrics: MetricsServer | None
 
     def serve(self) -> None:
-        """Answer requests until SIGINT or SIGTERM, or until the parent hangs up; then close."""
+        """Answer requests until SIGINT or SIGTERM, or until the parent hangs up; then close.
+
+        What was taken in is answered, and replies have ``LINGER_S`` to leave.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self.worker.stop())
         try:
             self.worker.serve()
+            self.transport.close(LINGER_S)
         finally:
             self.transport.close()
             if self.metrics:
@@ -179,7 +187,12 @@ def _load(config: WorkerConfig, device: torch.device, progress: Progress) -> Dis
     digest = model_digest(architecture, checkpoint, lambda done: progress.step("hashing the weights", done))
     dtype = codec.TORCH_DTYPES[config.dtype]
     linears = Linears(architecture, checkpoint, dtype, device, lambda done: progress.step("loading the weights", done))
-    return Dispatcher(OpenService(linears, read_state(linears, checkpoint)), config.model, digest)
+    service = OpenService(linears, read_state(linears, checkpoint))
+    return Dispatcher(service, config.model, digest, _limits(config))
+
+
+def _limits(config: WorkerConfig) -> Limits:
+    return Limits(config.max_clients, config.max_client_requests, config.max_client_bytes)
 
 
 def _load_codes(config: WorkerConfig, device: torch.device, progress: Progress) -> Dispatcher:
@@ -195,7 +208,7 @@ def _load_codes(config: WorkerConfig, device: torch.device, progress: Progress) 
         if slower:
             progress.notice(slower)
     service = (DealerService if config.serves == "masks" else ExactService)(packed.groups, codes, device)
-    return Dispatcher(service, config.model, packed.codes_digest)
+    return Dispatcher(service, config.model, packed.codes_digest, _limits(config))
 
 
 def resolve_device(asked: str | None, notice: Callable[[str], None]) -> torch.device:

@@ -14,6 +14,7 @@ from plain_link import PlainLink
 
 from tsqp.enclave.session import MAX_IN_FLIGHT, Expected, Session, check_peer
 from tsqp.errors import (
+    BusyError,
     DeviceMemoryError,
     HostileError,
     InputError,
@@ -283,6 +284,64 @@ def test_a_failure_of_one_request_leaves_the_others(session: Session, worker: Fa
         session.result(first, messages.Result)
 
 
+def busy(request_id: int) -> messages.Failure:
+    return messages.Failure(id=request_id, code="busy", message="too many requests.")
+
+
+class BusyTransport(FakeTransport):
+    """Refuses each request so often."""
+
+    def __init__(self, refusals: int) -> None:
+        super().__init__()
+        self.left: dict[int, int] = {}
+        self.refusals = refusals
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        super().send(frames)
+        request_id = msgspec.msgpack.decode(frames[0])["id"]
+        self.left[request_id] = self.left.get(request_id, self.refusals) - 1
+        if self.left[request_id] < 0:
+            self.say(result(request_id), FRAME)
+        else:
+            self.say(busy(request_id))
+
+
+def test_what_a_busy_worker_refuses_is_sent_again_as_it_was() -> None:
+    worker = BusyTransport(refusals=2)
+    session = Session(worker, 60.0)
+    frames = [bytes([number] * 8) for number in range(2)]
+    asked = [session.submit(linear, [frame]) for frame in frames]
+    for request_id in asked:
+        assert session.result(request_id, messages.Result)[0].id == request_id
+    for message in worker.sent[:2]:
+        assert worker.sent.count(message) == 3
+    assert [message[1] for message in worker.sent[:2]] == frames
+    assert len(worker.sent) == 6
+
+
+def test_a_worker_that_stays_busy_is_named_when_the_time_is_over(worker: FakeTransport) -> None:
+    session = Session(worker, request_timeout_s=0.05)
+    request_id = session.submit(linear, [FRAME], "linear layers.0.qkv")
+    worker.say(busy(request_id))
+    with pytest.raises(
+        BusyError, match=r"linear layers\.0\.qkv: the worker at gpu\.example:50051 is busy: too many req"
+    ):
+        session.result(request_id, messages.Result)
+    assert len(worker.sent) > 1
+    assert all(message == worker.sent[0] for message in worker.sent)
+
+
+def test_no_reply_to_what_was_refused_and_given_up_is_expected(session: Session, worker: FakeTransport) -> None:
+    first, second = session.submit(linear, [FRAME]), session.submit(linear, [FRAME])
+    worker.say(busy(first))
+    worker.say(result(second), FRAME)
+    session.result(second, messages.Result)
+    session.abandon()
+    worker.say(result(first), FRAME)
+    third = session.submit(linear, [FRAME])
+    expect_protocol_error(session, third, "not in flight")
+
+
 def test_a_timeout_names_operation_peer_and_seconds(session: Session, worker: FakeTransport) -> None:
     request_id = session.submit(linear, operation="linear head")
     with pytest.raises(
@@ -458,3 +517,15 @@ def test_a_slot_is_given_up_with_a_failure_or_an_abandoned_request(slots: SlotTr
     assert len(slots.held) == 2
     session.abandon()
     assert not slots.held
+
+
+def test_slots_are_not_sent_again() -> None:
+    """What is sent is no longer this side's."""
+    worker = SlotTransport()
+    session = Session(worker, 60.0)
+    _, frame = session.room(SPEC)
+    request_id = session.submit(linear, [frame])
+    worker.say(busy(request_id))
+    with pytest.raises(BusyError, match="too many requests"):
+        session.result(request_id, messages.Result)
+    assert len(worker.sent) == 1

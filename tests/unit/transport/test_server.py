@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from contextlib import closing as closed_after
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,6 +25,7 @@ import zmq
 from tsqp.arith import extension
 from tsqp.enclave.session import MAX_IN_FLIGHT
 from tsqp.errors import SetupError, TransportClosedError, TransportTimeoutError
+from tsqp.transport import zeromq_listener as zeromq_module
 from tsqp.transport.base import Buffer, ClientTransport, Incoming
 from tsqp.transport.client import open_client
 from tsqp.transport.server import Server
@@ -154,9 +160,9 @@ def test_zeromq_copies_no_large_tensor(
     sent: list[tuple[bool, int]] = []
     send = zmq.Socket.send_multipart
 
-    def noted(self: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0, copy: bool = True) -> object:  # noqa: FBT001, FBT002
+    def noted(self: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0, *, copy: bool, **more: Any) -> object:
         sent.append((copy, address_of(frames[-1])))
-        return send(self, frames, flags, copy)
+        return send(self, frames, flags, copy, **more)
 
     monkeypatch.setattr(zmq.Socket, "send_multipart", noted)
     server, client = serve(zeromq), connect(zeromq)
@@ -413,3 +419,173 @@ def test_both_ends_may_be_closed_twice(path: Endpoint) -> None:
     for end in (server, client):
         end.close()
         end.close()
+
+
+def test_replies_on_their_way_leave_before_a_server_closes(endpoint: Endpoint, serve: Serve, connect: Connect) -> None:
+    """More of them than there is room for on the way, to a client that begins to read when the server closes."""
+    server, client = serve(endpoint), connect(endpoint)
+    for number in range(8):
+        client.send([bytes([number])])
+    incoming = [receive(server) for _ in range(8)]
+    client.send([b"not taken in"])
+    for number, each in enumerate(incoming):
+        each.reply([b"header", bytes([number]) * (LIMIT_BYTES // 4)])
+    closing = threading.Thread(target=server.close, args=(PATIENCE_S,))
+    closing.start()
+    for number in range(8):
+        _, frame = client.receive(PATIENCE_S).private()
+        assert bytes(frame) == bytes([number]) * (LIMIT_BYTES // 4)
+    closing.join()
+    with pytest.raises(TransportClosedError):
+        client.receive(PATIENCE_S)
+
+
+def test_replies_that_zeromq_holds_leave_before_a_server_closes(
+    zeromq: Endpoint, serve: Serve, closing: ExitStack
+) -> None:
+    """More than sockets hold."""
+    server, deaf = serve(zeromq), Deaf(zeromq, closing)
+    deaf.socket.setsockopt(zmq.RCVTIMEO, int(PATIENCE_S * 1000))
+    deaf.socket.send(b"question")
+    incoming = receive(server)
+    for number in range(16):
+        incoming.reply([bytes([number]) * LIMIT_BYTES])
+    ending = threading.Thread(target=server.close, args=(PATIENCE_S,))
+    ending.start()
+    assert [deaf.socket.recv()[0] for _ in range(16)] == list(range(16))
+    ending.join()
+
+
+@pytest.mark.parametrize("kind", ["shm", "named"])
+def test_a_message_that_is_not_taken_in_costs_no_reply_to_one_before(
+    kind: str, serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """The kernel resets a connection that is closed with messages unread."""
+    endpoint = at_path(kind, tmp_path)
+    server, client = serve(endpoint), connect(endpoint)
+    client.send([b"question"])
+    incoming = receive(server)
+    client.send([b"not taken in"])
+    incoming.reply([b"answer"])
+    server.close()
+    assert [bytes(frame) for frame in client.receive(PATIENCE_S).private()] == [b"answer"]
+    with pytest.raises(TransportClosedError):
+        client.receive(PATIENCE_S)
+
+
+@pytest.mark.parametrize("kind", ["shm", "named"])
+def test_a_full_client_of_shared_memory_is_heard_again_when_it_is_not(
+    kind: str, serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    endpoint = at_path(kind, tmp_path)
+    server, full, other = serve(endpoint), connect(endpoint), connect(endpoint)
+    full.send([b"first"])
+    first = receive(server)
+    first.client.is_full = True
+    full.send([b"second"])
+    assert server.receive(SHORT_S) is None
+    exchange(other, server)
+    first.client.is_full = False
+    assert bytes(receive(server).frames[0]) == b"second"
+
+
+def test_messages_of_one_connection_are_of_one_client(endpoint: Endpoint, serve: Serve, connect: Connect) -> None:
+    server, clients = serve(endpoint), [connect(endpoint) for _ in range(2)]
+    for client in (*clients, *clients):
+        client.send([b"who"])
+    heard = [receive(server).client for _ in range(4)]
+    assert len(set(heard)) == 2
+    assert not any(client.is_gone for client in heard)
+    clients[0].close()
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(client.is_gone for client in heard) and time.monotonic() < deadline:
+        server.receive(SHORT_S)
+    assert len({client for client in heard if client.is_gone}) == 1
+
+
+class Deaf:
+    """A client over ZeroMQ that sends and does not read."""
+
+    def __init__(self, endpoint: Endpoint, closing: ExitStack) -> None:
+        context = closing.enter_context(zmq.Context())
+        self.socket = closing.enter_context(context.socket(zmq.DEALER))
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 1)
+        self.socket.setsockopt(zmq.RCVBUF, 1 << 16)
+        self.socket.connect(endpoint.url)
+
+
+def test_what_a_client_does_not_read_is_counted_and_ends_its_connection(
+    zeromq: Endpoint, serve: Serve, connect: Connect, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, other, deaf = serve(zeromq), connect(zeromq), Deaf(zeromq, closing)
+    sizes = [LIMIT_BYTES - 100] * 16
+    deaf.socket.send(b"question")
+    incoming = receive(server)
+    for size in sizes:
+        incoming.reply([b"header", bytes(size)])
+    exchange(other, server)
+    assert 0 < incoming.client.unread_bytes <= sum(sizes)
+    assert not incoming.client.is_gone
+    monkeypatch.setattr(zeromq_module, "PATIENCE_S", 0.0)
+    deadline = time.monotonic() + PATIENCE_S
+    while (incoming.client.unread_bytes or not incoming.client.is_gone) and time.monotonic() < deadline:
+        server.receive(SHORT_S)
+    assert incoming.client.is_gone
+    assert incoming.client.unread_bytes == 0
+    exchange(other, server)
+
+
+def test_short_frames_of_a_long_reply_are_counted_too(zeromq: Endpoint, serve: Serve, closing: ExitStack) -> None:
+    server, deaf = serve(zeromq), Deaf(zeromq, closing)
+    deaf.socket.send(b"question")
+    incoming = receive(server)
+    for _ in range(16):
+        incoming.reply([b"header", *[bytes(zmq.COPY_THRESHOLD - 1)] * 64])
+    assert incoming.client.unread_bytes > LIMIT_BYTES
+
+
+def test_short_replies_that_nobody_reads_are_bounded_too(
+    zeromq: Endpoint, connect: Connect, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zeromq_module, "UNREAD_REPLIES", 16)
+    server = Server([zeromq], LIMIT_BYTES)
+    closing.callback(server.close)
+    other, deaf = connect(zeromq), Deaf(zeromq, closing)
+    deaf.socket.send(b"question")
+    incoming = receive(server)
+    deadline = time.monotonic() + PATIENCE_S
+    while not incoming.client.is_gone and time.monotonic() < deadline:
+        incoming.reply([bytes(zmq.COPY_THRESHOLD - 1)])
+    assert incoming.client.is_gone
+    exchange(other, server)
+
+
+_ASKS = """
+import sys, time, zmq
+socket = zmq.Context().socket(zmq.DEALER)
+socket.connect(sys.argv[1])
+socket.send(b"question")
+time.sleep(600)
+"""
+
+
+def test_a_client_that_shows_no_life_is_gone(
+    zeromq: Endpoint, closing: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped, and nothing waits for it: its connection would last for ever."""
+    monkeypatch.setattr(zeromq_module, "_HEARTBEAT_MS", 100)
+    monkeypatch.setattr(zeromq_module, "_ALIVE_MS", 500)
+    server = Server([zeromq], LIMIT_BYTES)
+    closing.callback(server.close)
+    process = subprocess.Popen([sys.executable, "-c", _ASKS, zeromq.url])
+    try:
+        client = receive(server).client
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + PATIENCE_S
+        while not client.is_gone and time.monotonic() < deadline:
+            server.receive(SHORT_S)
+        assert client.is_gone
+    finally:
+        process.kill()
+        process.wait()

@@ -10,7 +10,7 @@ import pytest
 from raw_zmtp import MORE, RawPeer, frame, greeting
 from workers import free_port
 
-from tsqp.transport import zeromq
+from tsqp.transport import zeromq_listener as zeromq
 from tsqp.transport.client import open_client
 from tsqp.transport.keys import KeyPair, ephemeral
 from tsqp.transport.server import Server

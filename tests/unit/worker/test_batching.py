@@ -23,14 +23,16 @@ from tsqp.model.ops import read_state
 from tsqp.model.packed import open_codes
 from tsqp.model.weights import Checkpoint
 from tsqp.transport.base import Buffer, Incoming
+from tsqp.transport.base import Client as Client_
 from tsqp.transport.spinning import Ahead
 from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyReply, AnyRequest, TensorSpec
 from tsqp.worker import batching
 from tsqp.worker.batching import Queue, Rows, Waiting
+from tsqp.worker.clients import LEAST_ROWS, MAX_LEAD_ROWS, Account, Limits
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.products import CpuEngine
-from tsqp.worker.server import Worker
+from tsqp.worker.server import MAX_TAKEN, Worker
 from tsqp.worker.services import DealerService, ExactService, OpenService, WorkerService
 
 CPU = torch.device("cpu")
@@ -135,11 +137,16 @@ def chain(request_id: int, x_MC: Tensor) -> list[Buffer]:
     return [messages.encode(header), codec.frame_of(x_MC)]
 
 
-def waiting(request_id: int, group: str | None, rows: int = 1) -> Waiting:
+def waiting(request_id: int, group: str | None, rows: int = 1, account: Account | None = None) -> Waiting:
     header = messages.LinearExact(id=request_id, group=group or "x", x=TensorSpec("int32", (rows, 1)))
     x_MK = torch.zeros(rows, 1, dtype=torch.int32)
     incoming = Incoming((codec.frame_of(x_MK),), legacy=False, reply=lambda _frames: None)
-    return Waiting(header, (x_MK,), Rows(group, rows) if group else None, incoming, x_MK.nbytes)
+    rows_of = Rows(group, rows) if group else None
+    return Waiting(header, (x_MK,), rows_of, incoming, x_MK.nbytes, account or alone(), x_MK.nbytes)
+
+
+def alone() -> Account:
+    return Account(Client_(), Limits())
 
 
 def drained(*requests: Waiting) -> list[list[int]]:
@@ -164,13 +171,57 @@ def test_a_batchs_rows_are_bounded_and_a_larger_request_goes_alone() -> None:
     assert drained(waiting(1, "a", 2 * most), waiting(2, "a", 1), waiting(3, "a", most)) == [[1], [2], [3]]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(1, 600)), max_size=40))
-def test_nobody_waits_for_more_products_than_there_are_older_requests(asked: list[tuple[str | None, int]]) -> None:
-    batches = drained(*(waiting(index, group, rows) for index, (group, rows) in enumerate(asked)))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(asked)))
-    for turn, batch in enumerate(batches):
-        assert turn <= min(batch)
-        assert batch == sorted(batch)
+def test_a_client_with_many_requests_is_not_served_before_one_with_a_single_one() -> None:
+    greedy, modest = alone(), alone()
+    many = [waiting(number, f"group{number}", account=greedy) for number in range(10)]
+    assert drained(*many, waiting(10, "other", account=modest))[:2] == [[0], [10]]
+
+
+def test_a_client_with_long_requests_gets_no_more_rows_than_one_with_short_ones() -> None:
+    long, short = alone(), alone()
+    requests = [waiting(number, f"long{number}", 320, account=long) for number in range(3)]
+    requests += [waiting(10 + number, f"short{number}", 32, account=short) for number in range(20)]
+    served = [batch[0] for batch in drained(*requests)]
+    assert served[:12] == [0, *range(10, 20), 1]
+    assert [number for number in served if number < 10] == [0, 1, 2]
+
+
+def test_where_not_all_have_room_those_charged_least_join() -> None:
+    most, greedy = batching.MAX_BATCH_ROWS, alone()
+    many = [waiting(number, "a", most // 4, account=greedy) for number in range(6)]
+    assert drained(*many, waiting(6, "a", most // 4))[:2] == [[0, 6, 1, 2], [3, 4, 5]]
+
+
+steps = st.tuples(st.integers(0, 3), st.sampled_from(["a", "b", "c", "d", None]), st.integers(0, 1200))
+
+
+@given(st.lists(steps | st.none(), max_size=120))
+def test_while_a_client_waits_each_other_one_leads_few_products(
+    asked: list[tuple[int, str | None, int] | None],
+) -> None:
+    """Requests come and are taken in any order; None takes the next product."""
+    queue, accounts = Queue(), [alone() for _ in range(4)]
+    left: dict[int, int] = {}
+    led = {(waits, leads): 0 for waits in range(4) for leads in range(4)}
+    for number, step in enumerate([*asked, *[None] * len(asked)]):
+        if step is not None:
+            client, group, rows = step
+            queue.add(waiting(number, group, rows, accounts[client]))
+            left[number] = client
+            continue
+        batch = queue.take()
+        assert bool(batch) == bool(left)
+        served = {accounts.index(request.account) for request in batch}
+        for waits in range(4):
+            if waits in served or waits not in left.values():
+                led |= {(waits, leads): 0 for leads in range(4)}
+            else:
+                led[waits, accounts.index(batch[0].account)] += 1
+        assert max(led.values()) <= MAX_LEAD_ROWS // LEAST_ROWS + 1
+        for request in batch:
+            del left[request.header.id]
+    assert not left
+    assert queue.size_bytes == 0
 
 
 def test_what_is_taken_in_is_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,7 +440,7 @@ def test_a_flood_of_what_is_answered_at_once_does_not_keep_a_product_waiting(exa
     worker._take_in()
     worker._work()
     assert list(client.replies) == [1]
-    assert len(flood.replies) == batching.MAX_WAITING
+    assert len(flood.replies) == MAX_TAKEN
 
 
 def test_behind_a_lone_client_the_worker_looks_seldom(exact: ExactService) -> None:
@@ -419,3 +470,17 @@ class OneByOne:
 
     def close(self) -> None:
         pass
+
+
+def test_a_client_that_reads_nothing_is_given_no_norm_weights_more(floats: OpenService) -> None:
+    class Deaf(Client_):
+        unread_bytes = 1 << 40
+
+    client = Client()
+    dispatcher = Dispatcher(floats, "tiny", "digest")
+    for header in (messages.State(id=1), messages.Stats(id=2)):
+        dispatcher.admit(structs.replace(client.message([messages.encode(header)]), client=Deaf()))
+    assert client.code(1) == "busy"
+    reply, _ = client.replies[2]
+    assert isinstance(reply, messages.StatsResult)
+    assert (reply.refused, reply.errors, reply.clients) == (1, 0, 1)

@@ -18,13 +18,14 @@ from workers import packed_tiny
 
 from tsqp.arith.ring import lay_out
 from tsqp.enclave.session import Session
-from tsqp.errors import InputError, TsqpError
+from tsqp.errors import BusyError, InputError, TsqpError
 from tsqp.model.packed import open_codes
 from tsqp.transport.base import Delivery
 from tsqp.transport.client import open_client
 from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec, messages
+from tsqp.worker.clients import Limits
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.server import Worker
 from tsqp.worker.services import ExactService
@@ -50,9 +51,9 @@ def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Endpoint:
 class Served:
     """A worker in a thread of its own, which takes nothing before ``go``: until then requests wait together."""
 
-    def __init__(self, service: ExactService, endpoint: Endpoint) -> None:
+    def __init__(self, service: ExactService, endpoint: Endpoint, limits: Limits) -> None:
         self.server = Server([endpoint], LIMIT_BYTES)
-        self.dispatcher = Dispatcher(service, "tiny", "digest")
+        self.dispatcher = Dispatcher(service, "tiny", "digest", limits)
         self.worker = Worker(self.dispatcher, self.server)
         self._thread = threading.Thread(target=self.worker.serve)
 
@@ -67,8 +68,10 @@ class Served:
 
 
 @contextmanager
-def running(service: ExactService, endpoint: Endpoint, clients: int) -> Iterator[tuple[Served, list[Session]]]:
-    served = Served(service, endpoint)
+def running(
+    service: ExactService, endpoint: Endpoint, clients: int, limits: Limits | None = None
+) -> Iterator[tuple[Served, list[Session]]]:
+    served = Served(service, endpoint, limits or Limits())
     sessions = [Session(open_client(endpoint, LIMIT_BYTES), PATIENCE_S) for _ in range(clients)]
     try:
         yield served, sessions
@@ -190,3 +193,30 @@ def uncollected() -> Iterator[None]:
 
 def regions() -> int:
     return Path("/proc/self/maps").read_bytes().count(b"/memfd:tsqp")
+
+
+def test_a_client_beyond_its_limit_gets_all_its_replies_later(service: ExactService, endpoint: Endpoint) -> None:
+    """Over shared memory it is not heard for a while; over ZeroMQ it is refused, and sends the same bytes again."""
+    with running(service, endpoint, 2, Limits(requests=4)) as (served, sessions):
+        asked = [ask(sessions[0], QKV, words(1, 48, seed)) for seed in range(16)]
+        other = ask(sessions[1], QKV, words(1, 48, 99))
+        served.go()
+        want = service.multiply(QKV, words(1, 48, 99))
+        assert torch.equal(taken(sessions[1], other, 1, service.groups[QKV].rows), want)
+        for seed, request_id in enumerate(asked):
+            want = service.multiply(QKV, words(1, 48, seed))
+            assert torch.equal(taken(sessions[0], request_id, 1, service.groups[QKV].rows), want)
+        stats, _ = sessions[0].result(sessions[0].submit(lambda i: messages.Stats(id=i)), messages.StatsResult)
+    assert stats.clients == 2
+    assert stats.product_requests == 17
+    assert (stats.refused > 0) == (endpoint.scheme == "ipc")
+
+
+def test_more_clients_than_there_may_be_are_told_so(service: ExactService, endpoint: Endpoint) -> None:
+    with running(service, endpoint, 2, Limits(clients=1)) as (served, sessions):
+        served.go()
+        sessions[0].hello(PATIENCE_S)
+        with pytest.raises(BusyError, match=r"is busy: the worker has 1 clients, as many as it takes"):
+            sessions[1].hello(0.1)
+        sessions[0].close()
+        sessions[1].hello(PATIENCE_S)
