@@ -107,3 +107,12 @@ def test_readme_holds_the_table_of_the_newest_result(name: str) -> None:
     block = table["BLOCK"].search((ROOT / name).read_text(encoding="utf-8"))
     assert block is not None
     assert block[0] == f"{block[1]}{table['table'](table['newest'](), table['MEANING'][name])}{block[2]}", "make readme"
+
+
+def test_many_clients(tiny_llama: Path) -> None:
+    sizes = ("--rounds", 1, "--seconds", 0.2, "--processes", 1, "--level", "exact")
+    report = run("many_clients", "--model", tiny_llama, "--clients", 1, 3, *sizes)
+    (level,) = report["levels"].values()
+    assert set(level["clients"]) == {"1", "3"}
+    assert all(each["throughput"] > 0 and 0 < each["least_share"] <= 1 for each in level["clients"].values())
+    assert level["refused"] == 0
