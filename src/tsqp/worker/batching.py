@@ -59,7 +59,11 @@ class Waiting(Struct, eq=False):
 
 
 class Queue:
-    """Requests that wait, in order of arrival."""
+    """Requests that wait, in order of arrival.
+
+    Attributes:
+        size_bytes: what the requests hold while they wait.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[Waiting] = []
@@ -68,11 +72,6 @@ class Queue:
 
     def __len__(self) -> int:
         return len(self._waiting)
-
-    @property
-    def size_bytes(self) -> int:
-        """What the requests hold while they wait."""
-        return self._bytes
 
     @property
     def has_room(self) -> bool:
