@@ -21,6 +21,7 @@ from tsqp.model.packed import open_codes
 from tsqp.transport.base import Incoming
 from tsqp.wire import codec, messages
 from tsqp.worker.batching import MAX_WAITING
+from tsqp.worker.clients import Limits
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.memory import device_memory
 from tsqp.worker.metrics import MetricsServer
@@ -177,7 +178,7 @@ def test_memory_of_a_cpu_is_this_process() -> None:
 
 
 def test_a_queue_that_is_full_is_told(service: ExactService) -> None:
-    dispatcher = Dispatcher(service, "tiny", "digest")
+    dispatcher = Dispatcher(service, "tiny", "digest", Limits(clients=MAX_WAITING))
     for number in range(MAX_WAITING):
         waiting = dispatcher.admit(incoming(request(number, 1, service)))
         assert waiting
