@@ -18,6 +18,7 @@ from faults.masked_words import MaskedWords
 _GREETING_BYTES = 64
 _MORE, _LONG, _COMMAND = 1, 2, 4
 _TEAR_S = 0.5
+_CLOSE_S = 0.1
 
 
 class Proxy:
@@ -79,6 +80,7 @@ class Proxy:
     def close(self) -> None:
         """End all connections and the thread."""
         self._do(self._close())
+        self._do(asyncio.sleep(_CLOSE_S))  # the loop closes what was aborted in its next turns
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
