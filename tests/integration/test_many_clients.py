@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -78,7 +78,7 @@ class Raw:
     def ask(self, header: messages.AnyRequest, request_id: int, *frames: bytes) -> None:
         self.socket.send_multipart([messages.encode(msgspec.structs.replace(header, id=request_id)), *frames])
 
-    def read(self) -> tuple[messages.AnyReply, list[Any]]:
+    def read(self) -> tuple[messages.AnyReply, Sequence[Any]]:
         return codec.decode_reply(self.socket.recv_multipart())
 
 

@@ -141,13 +141,14 @@ class Session:
         request_id = self._next_id
         self._next_id += 1
         header = make(request_id)
-        message = [messages.encode(header), *frames]
+        encoded = messages.encode(header)
+        message = [encoded, *frames]
         operation = operation or type(header).__name__.lower()
         if self.meter.recorder is not None:
             self.meter.recorder.sent(request_id, operation)
         self._transport.send(message)
         self._waiting[request_id] = operation
-        self._headers[request_id] = message[0]
+        self._headers[request_id] = encoded
         self.meter.round_trips += 1
         self.meter.bytes_sent += sum(map(len, message))
         return request_id

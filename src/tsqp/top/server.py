@@ -13,10 +13,9 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from tsqp.errors import ConfigError, PeerKeyError, ProtocolError, TransportError
+from tsqp.errors import ConfigError, PeerKeyError, ProtocolError, TransportError, printable
 from tsqp.top.reading import BESIDE, Reading
 from tsqp.transport.urls import Endpoint
-from tsqp.wire.codec import printable
 
 _MAX_BYTES = 1 << 20
 _METRICS, _READY = "/metrics", "/readyz"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.session import Role, Session
-from tsqp.errors import TransportTimeoutError
+from tsqp.errors import TransportTimeoutError, printable
 from tsqp.top.reading import Reading
 from tsqp.transport.client import open_client
 from tsqp.transport.keys import load_public
 from tsqp.transport.urls import parse
 from tsqp.wire import messages
-from tsqp.wire.codec import printable
 from tsqp.wire.messages import StatsResult, Welcome
 
 # What only says that somebody watches, or has come.

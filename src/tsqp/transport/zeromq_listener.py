@@ -158,7 +158,8 @@ class ZmqListener:
 
     def _reply(self, peer: ZmqPeer, route: list[bytes], frames: Sequence[Buffer]) -> None:
         size = sum(map(len, frames))
-        large, parts = size >= zmq.COPY_THRESHOLD, [*route, *frames]
+        large = size >= zmq.COPY_THRESHOLD
+        parts: list[Buffer | zmq.Frame] = [*route, *frames]
         if large and len(frames[-1]) < zmq.COPY_THRESHOLD:  # else it would be copied, and known to be gone at once
             parts[-1] = zmq.Frame(frames[-1], track=True, copy=False, copy_threshold=0)
         try:

@@ -88,7 +88,7 @@ class Line:
         self.hung_up = timeout_s > 0
         return None
 
-    def close(self) -> None:
+    def close(self, linger_s: float = 0.0) -> None:
         pass
 
 
@@ -468,7 +468,7 @@ class OneByOne:
         self.looks += timeout_s == 0.0
         return self._line.receive(timeout_s) if timeout_s else None
 
-    def close(self) -> None:
+    def close(self, linger_s: float = 0.0) -> None:
         pass
 
 

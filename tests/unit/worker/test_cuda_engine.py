@@ -347,7 +347,7 @@ def test_a_worker_whose_device_fails_answers_and_stops(desk: Desk) -> None:
             assert self.incoming or timeout_s == 0.0
             return self.incoming.pop() if self.incoming else None
 
-        def close(self) -> None:
+        def close(self, linger_s: float = 0.0) -> None:
             pass
 
     x_MK = rows(1, 0)
