@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test browser tracer check lint bench soak readme schema deploy-lock clean
+.PHONY: help demo test browser tracer check lint fuzz bench soak readme schema deploy-lock clean
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -51,6 +51,13 @@ lint: $(STAMP)
 	$(BIN)/mypy tee_only_llama/tee_runner.py
 
 check: test lint  ## Run all tests, ruff and mypy: what CI runs.
+
+TARGETS ?=
+SECONDS ?= 20
+RUNS    ?= 0
+
+fuzz: $(STAMP)  ## Fuzz what reads bytes from others: SECONDS=20 for each target, or RUNS=1000000, TARGETS="codec legacy".
+	@$(BIN)/python -m fuzz.run --seconds $(SECONDS) --runs $(RUNS) $(TARGETS)
 
 bench: $(STAMP)  ## Measure prefill against the baselines (a quiet machine is needed) and keep the result.
 	$(BIN)/tsqp bench prefill --rounds 25 --json > benchmarks/results/prefill-$$(date +%F).json

@@ -1,0 +1,80 @@
+"""The tiny model that targets compute with: random weights, written to a directory of its own."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from tsqp.arith.ring import lay_out
+from tsqp.model.architecture import linear_groups, read_config
+from tsqp.model.linears import Linears
+from tsqp.model.ops import read_state
+from tsqp.model.pack import pack
+from tsqp.model.packed import open_codes
+from tsqp.model.weights import Checkpoint
+from tsqp.worker.services import DealerService, ExactService, OpenService
+
+TINY = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@cache
+def scratch() -> Path:
+    """Return a directory that ends with this process, in memory where there is /dev/shm."""
+    memory = Path("/dev/shm")  # noqa: S108  files are written for every input
+    path = Path(tempfile.mkdtemp(prefix="tsqp-fuzz-", dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@cache
+def directory() -> Path:
+    """Write the model; return its directory."""
+    from tiny_models import tiny_checkpoint  # noqa: PLC0415  transformers takes seconds to load
+
+    return tiny_checkpoint(scratch() / "model", **TINY)
+
+
+@cache
+def packed() -> Path:
+    """Pack the model; return the packed directory."""
+    out = scratch() / "packed"
+    pack(directory(), "tiny", out)
+    return out
+
+
+@cache
+def open_service() -> OpenService:
+    """Return a worker's products in floats."""
+    checkpoint = Checkpoint(directory())
+    linears = Linears(read_config(directory()), checkpoint, torch.float32, torch.device("cpu"))
+    return OpenService(linears, read_state(linears, checkpoint))
+
+
+@cache
+def exact_service() -> ExactService:
+    """Return a worker's products of int8 codes."""
+    return ExactService(*_codes())
+
+
+@cache
+def dealer_service() -> DealerService:
+    """Return a dealer's products of masks."""
+    return DealerService(*_codes())
+
+
+def _codes() -> tuple:
+    codes = open_codes(packed())
+    groups = linear_groups(open_service().linears.config)
+    return groups, {group.name: lay_out(codes.read(group.name)) for group in groups}, torch.device("cpu")
