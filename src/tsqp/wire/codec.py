@@ -155,10 +155,11 @@ def tensor_of(spec: TensorSpec, frame: Buffer, source: str = "request") -> Tenso
 
 def empty(spec: TensorSpec) -> tuple[Tensor, memoryview]:
     """Return a new tensor, not initialised, and its bytes as a frame: NumPy makes both faster than PyTorch one."""
+    if 0 in spec.shape:  # of an array without elements PyTorch takes over strides that no kernel takes
+        return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype]), memoryview(b"")
     array = np.empty(spec.shape, _NUMPY_DTYPES[spec.dtype])
     tensor = torch.from_numpy(array)
-    frame = array.data.cast("B") if array.size else memoryview(b"")
-    return (tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor), frame
+    return (tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor), array.data.cast("B")
 
 
 def decode_request(frames: Sequence[Buffer]) -> RequestFrames:

@@ -133,6 +133,14 @@ def test_operands_without_elements_are_refused(linears: Linears) -> None:
     assert "an operand is empty" in reply.message
 
 
+def test_no_rows_have_a_result_of_no_rows(linears: Linears) -> None:
+    """The fuzzer found that this was answered as a bug of the worker's: the result had strides that no kernel takes."""
+    spec = messages.TensorSpec("float32", (0, 48))
+    reply = answer(linears, [messages.encode(messages.Linear(id=1, group="layers.0.qkv", x=spec)), b""])
+    assert isinstance(reply, messages.Result)
+    assert reply.y == messages.TensorSpec("float32", (0, 80))
+
+
 def test_a_bug_fails_the_request_and_not_the_worker(
     linears: Linears, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
