@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tsqp.errors import SetupError, UnsupportedModelError, WeightsError
 from tsqp.model.architecture import parse_config, weight_shapes
+from tsqp.model.gguf_layout import check_layout
 from tsqp.model.layers import rope_frequencies
 from tsqp.model.weights import INDEX_NAME
 
@@ -41,7 +42,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_LAYER_TENSOR = re.compile(r"blk\.([0-9]{1,8})\.(\w+)\.(weight|bias)")
 _TOP_TENSOR = re.compile(r"(\w+)\.(weight|bias)")
 _SHARED_SHARD = 0
 
@@ -83,6 +84,7 @@ def _open(source: Path) -> GGUFReader:
         from gguf import GGUFReader  # noqa: PLC0415  needed for conversion only
     except ImportError as error:
         raise SetupError("reading GGUF needs the package gguf: pip install 'tsqp[gguf]'.") from error
+    check_layout(source)
     try:
         return GGUFReader(source)
     except (ValueError, KeyError, IndexError, OSError, TypeError, OverflowError, UnicodeDecodeError) as error:
@@ -108,6 +110,8 @@ def _config(reader: GGUFReader, source: Path) -> dict[str, Any]:
     embedding = next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
     if embedding is None:
         raise WeightsError(f"{source} has no tensor 'token_embd.weight': the file is incomplete.")
+    if len(embedding.shape) != 2:  # noqa: PLR2004  a matrix
+        raise WeightsError(f"{source}: tensor 'token_embd.weight' has {len(embedding.shape)} dimensions, not 2.")
     heads = _field(reader, "llama.attention.head_count")
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -138,7 +142,7 @@ def _config(reader: GGUFReader, source: Path) -> dict[str, Any]:
 
 
 def _rope(reader: GGUFReader, source: Path, config: dict[str, Any]) -> dict[str, Any]:
-    theta = float(_field(reader, "llama.rope.freq_base") or 10000.0)
+    theta = _field(reader, "llama.rope.freq_base") or 10000.0  # whether it is a number, parse_config checks
     kind = _field(reader, "llama.rope.scaling.type")
     factors = next((tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
     if factors is not None:
@@ -148,7 +152,7 @@ def _rope(reader: GGUFReader, source: Path, config: dict[str, Any]) -> dict[str,
     return {"rope_type": kind, "rope_theta": theta, "factor": _field(reader, "llama.rope.scaling.factor")}
 
 
-def _llama3_from_factors(factors: np.ndarray, theta: float, source: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _llama3_from_factors(factors: np.ndarray, theta: Any, source: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Recover llama3 scaling from its divisors, which is all that GGUF keeps of it.
 
     The published models use low 1, high 4 and an original context of 8192; the divisors are recomputed from these and
@@ -157,7 +161,7 @@ def _llama3_from_factors(factors: np.ndarray, theta: float, source: Path, config
     scaling = {
         "rope_type": "llama3",
         "rope_theta": theta,
-        "factor": float(factors.max()),
+        "factor": float(factors.max(initial=0.0)),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
