@@ -94,14 +94,17 @@ def _ends(collateral: dcap_qvl.QuoteCollateralV3) -> dict[str, dt.datetime]:
         }
         for name, der in (("root CRL", collateral.root_ca_crl), ("PCK CRL", collateral.pck_crl)):
             found[name] = x509.load_der_x509_crl(bytes(der)).next_update_utc or _NEVER_VALID
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CollateralError("the collateral does not say until when it is valid: fetch it anew.") from error
     return found
 
 
 def _next_update(text: str) -> dt.datetime:
     value: Any = json.loads(text)
-    return dt.datetime.fromisoformat(str(value["nextUpdate"]).replace("Z", "+00:00"))
+    found = dt.datetime.fromisoformat(str(value["nextUpdate"]).replace("Z", "+00:00"))
+    if found.tzinfo is None:
+        raise ValueError("a time of no time zone")
+    return found
 
 
 def _fetched(pccs: str, quote: bytes) -> dcap_qvl.QuoteCollateralV3:

@@ -110,7 +110,7 @@ def read_policy(path: Path) -> Policy:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the policy {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"the policy {path} is not TOML: {error}.") from error
     return _Reader(str(path), raw).policy(path.parent)
 
