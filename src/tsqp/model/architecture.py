@@ -194,7 +194,7 @@ def parse_config(raw: Mapping[str, Any], origin: str) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=d,
         intermediate_size=_size(raw, "intermediate_size", origin),
-        layers=_size(raw, "num_hidden_layers", origin),
+        layers=_size(raw, "num_hidden_layers", origin, largest=_MAX_LAYERS),
         heads=n,
         kv_heads=kv,
         head_size=h,
@@ -239,13 +239,17 @@ def _rope(raw: Mapping[str, Any], origin: str) -> RopeParameters:
 
 
 _MAX_SIZE = 1 << 24
+# What is listed for each layer would otherwise take all memory. The largest LLaMA has 126.
+_MAX_LAYERS = 1024
 
 
-def _size(raw: Mapping[str, Any], key: str, origin: str, default: int | None = None) -> int:
+def _size(
+    raw: Mapping[str, Any], key: str, origin: str, default: int | None = None, largest: int = _MAX_SIZE
+) -> int:
     value = raw.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MAX_SIZE:
-        raise WeightsError(f"{origin}: {key} is {value!r}; expected a whole number from 1 to {_MAX_SIZE}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= largest:
+        raise WeightsError(f"{origin}: {key} is {value!r}; expected a whole number from 1 to {largest}.")
     return value
 
 
