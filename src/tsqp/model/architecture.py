@@ -243,9 +243,7 @@ _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 1024
 
 
-def _size(
-    raw: Mapping[str, Any], key: str, origin: str, default: int | None = None, largest: int = _MAX_SIZE
-) -> int:
+def _size(raw: Mapping[str, Any], key: str, origin: str, default: int | None = None, largest: int = _MAX_SIZE) -> int:
     value = raw.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= largest:

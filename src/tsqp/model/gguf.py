@@ -152,7 +152,7 @@ def _rope(reader: GGUFReader, source: Path, config: dict[str, Any]) -> dict[str,
     return {"rope_type": kind, "rope_theta": theta, "factor": _field(reader, "llama.rope.scaling.factor")}
 
 
-def _llama3_from_factors(factors: np.ndarray, theta: Any, source: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _llama3_from_factors(factors: np.ndarray, theta: float, source: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Recover llama3 scaling from its divisors, which is all that GGUF keeps of it.
 
     The published models use low 1, high 4 and an original context of 8192; the divisors are recomputed from these and

@@ -229,6 +229,36 @@ def test_tensors_beside_a_reply_that_has_none_are_refused(session: Session, work
         session.result(request_id, messages.Welcome)
 
 
+def test_a_result_of_very_many_frames_is_refused(session: Session, worker: FakeTransport) -> None:
+    request_id = session.submit(linear)
+    worker.say(result(request_id), *[FRAME] * 100_000)
+    reply, frames = session.result(request_id, messages.Result)
+    with pytest.raises(ProtocolError, match="expected one tensor frame, 100000 came"):
+        codec.claim(reply, frames, SPEC, "linear head")
+
+
+def test_a_state_of_more_frames_than_names_is_refused(session: Session, worker: FakeTransport) -> None:
+    request_id = session.submit(lambda i: messages.State(id=i))
+    worker.say(messages.StateResult(id=request_id, names=("norm",), tensors=(SPEC,)), *[FRAME] * 100_000)
+    reply, frames = session.result(request_id, messages.StateResult)
+    with pytest.raises(ProtocolError, match="1 names, 1 specs and 100000 frames do not match"):
+        codec.state_tensors(reply, frames, "state")
+
+
+def test_an_abandoned_request_is_answered_once(session: Session, worker: FakeTransport) -> None:
+    """Its answer is dropped; a second one is a reply to nothing, and its id is not used again."""
+    abandoned = session.submit(linear)
+    session.abandon()
+    request_id = session.submit(linear)
+    assert request_id != abandoned
+    worker.say(result(abandoned), FRAME)
+    worker.say(result(request_id), FRAME)
+    assert session.result(request_id, messages.Result)[0].id == request_id
+    second = session.submit(linear)
+    worker.say(result(abandoned), FRAME)
+    expect_protocol_error(session, second, "not in flight")
+
+
 def test_a_result_can_be_taken_once(session: Session, worker: FakeTransport) -> None:
     request_id = session.submit(linear, [FRAME])
     worker.say(result(request_id), FRAME)

@@ -14,9 +14,11 @@ from tiny_models import load_linears, tiny_checkpoint
 from torch import Tensor
 
 from tsqp.model.linears import Linears
+from tsqp.transport.base import Incoming
 from tsqp.wire import codec, messages
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.legacy import LegacyDispatcher
+from tsqp.worker.products import compute
 from tsqp.worker.services import OpenService
 
 LAST = "model.layers.2.post_attention_layernorm.weight"
@@ -153,6 +155,28 @@ def test_a_bug_fails_the_request_and_not_the_worker(
     assert reply.code == "internal"
     assert "ZeroDivisionError" in caplog.text
     assert "ZeroDivisionError" not in reply.message
+
+
+def test_requests_of_one_id_get_each_its_own_answer(linears: Linears) -> None:
+    """Ids are the client's affair: a worker keeps nothing by them, also where it multiplies requests together."""
+    service = OpenService(linears, STATE)
+    dispatcher = Dispatcher(service, "tiny", "digest")
+    replies: list[list[codec.Buffer]] = []
+    waiting = []
+    inputs = [torch.full((rows, 48), float(rows)) for rows in (1, 2, 3)]
+    for x in inputs:
+        header = messages.Linear(id=7, group="layers.0.qkv", x=codec.spec_of(x))
+        frames = (messages.encode(header), bytes(codec.frame_of(x)))
+        admitted = dispatcher.admit(Incoming(frames, legacy=False, reply=lambda reply: replies.append(list(reply))))
+        assert admitted is not None
+        waiting.append(admitted)
+    dispatcher.finish(compute(service, waiting))
+    for x, frames_of_reply in zip(inputs, replies, strict=True):
+        reply, frames = codec.decode_reply(frames_of_reply)
+        assert isinstance(reply, messages.Result)
+        assert reply.id == 7
+        y = codec.claim(reply, frames, messages.TensorSpec("float32", (len(x), 80)), "linear").unverified()
+        assert torch.allclose(y, linears.linear("layers.0.qkv", x), atol=1e-5)
 
 
 def test_a_long_model_path_is_shown_by_its_last_part(linears: Linears) -> None:
