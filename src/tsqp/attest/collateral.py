@@ -66,7 +66,7 @@ def read_root(path: Path) -> bytes:
         certificate = x509.load_pem_x509_certificate(raw) if pem else x509.load_der_x509_certificate(raw)
     except OSError as error:
         raise CollateralError(f"cannot read the root certificate {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise CollateralError(f"{path} is no certificate, neither PEM nor DER.") from error
     return certificate.public_bytes(Encoding.DER)
 
@@ -94,7 +94,7 @@ def _ends(collateral: dcap_qvl.QuoteCollateralV3) -> dict[str, dt.datetime]:
         }
         for name, der in (("root CRL", collateral.root_ca_crl), ("PCK CRL", collateral.pck_crl)):
             found[name] = x509.load_der_x509_crl(bytes(der)).next_update_utc or _NEVER_VALID
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, x509.InvalidVersion) as error:
         raise CollateralError("the collateral does not say until when it is valid: fetch it anew.") from error
     return found
 
