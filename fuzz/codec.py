@@ -72,9 +72,10 @@ def _converse(replies: Sequence[list[bytes]]) -> None:
     session.submit(lambda i: messages.Linear(id=i, group="head", x=_SPEC), [bytes(24)])
     session.submit(lambda i: messages.State(id=i))
     session.submit(lambda i: messages.Stats(id=i))
-    for request_id, kind in ((4, messages.StatsResult), (1, messages.Welcome)):
-        with contextlib.suppress(TsqpError):
-            session.result(request_id, kind)
+    with contextlib.suppress(TsqpError):
+        session.result(4, messages.StatsResult)
+    with contextlib.suppress(TsqpError):
+        session.result(1, messages.Welcome)
     with contextlib.suppress(TsqpError):
         result, frames = session.result(2, messages.Result)
         y = codec.claim(result, frames, _SPEC, "fuzz").unverified()

@@ -54,9 +54,13 @@ def changed(value: Any, rng: random.Random) -> Any:  # noqa: ANN401  whatever Me
     if isinstance(value, int) and rng.random() < _DESCEND:
         return rng.choice((*_INTEGERS, value + 1, value - 1, value * 2, -value))
     if isinstance(value, (str, bytes)) and value and rng.random() < _DESCEND:
-        at = rng.randrange(len(value))
-        return rng.choice((value[:at], value[at:], value + value, value * 40, value[:at] + value[at + 1 :]))
+        return _changed_text(value, rng)
     return rng.choice((*_OTHERS, *_INTEGERS))
+
+
+def _changed_text(value: Any, rng: random.Random) -> Any:  # noqa: ANN401  str or bytes
+    at = rng.randrange(len(value))
+    return rng.choice((value[:at], value[at:], value + value, value * 40, value[:at] + value[at + 1 :]))
 
 
 def _changed_map(value: dict[Any, Any], rng: random.Random) -> dict[Any, Any]:

@@ -70,7 +70,7 @@ def seeds() -> dict[str, bytes]:
     x = {"module_name": layer, "input_buffer": bytes(64), "input_shape": [2, 8], "dtype": "torch.float32"}
     half = {"module_name": head, "input_buffer": bytes(16), "input_shape": [1, 8], "dtype": "float16"}
     product = {"a_buffer": bytes(24), "a_shape": [1, 2, 3], "b_buffer": bytes(12), "b_shape": [1, 3, 1]}
-    calls: dict[str, tuple[str, dict[str, object]]] = {
+    calls: dict[str, tuple[str, object]] = {
         "register": ("RegisterClient", {"module_names": [head, layer, "no.such"]}),
         "fetch": (
             "FetchNonLinearTensors",

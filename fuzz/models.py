@@ -7,11 +7,12 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tsqp.arith.ring import lay_out
-from tsqp.model.architecture import linear_groups, read_config
+from tsqp.arith.ring import Codes, lay_out
+from tsqp.model.architecture import LinearGroup, linear_groups, read_config
 from tsqp.model.linears import Linears
 from tsqp.model.ops import read_state
 from tsqp.model.pack import pack
@@ -19,7 +20,7 @@ from tsqp.model.packed import open_codes
 from tsqp.model.weights import Checkpoint
 from tsqp.worker.services import DealerService, ExactService, OpenService
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 11,
     "hidden_size": 8,
     "intermediate_size": 12,
@@ -74,7 +75,7 @@ def dealer_service() -> DealerService:
     return DealerService(*_codes())
 
 
-def _codes() -> tuple:
+def _codes() -> tuple[tuple[LinearGroup, ...], dict[str, Codes], torch.device]:
     codes = open_codes(packed())
     groups = linear_groups(open_service().linears.config)
     return groups, {group.name: lay_out(codes.read(group.name)) for group in groups}, torch.device("cpu")

@@ -38,8 +38,8 @@ class Allocated(TorchDispatchMode):
     """Adds up what operations return; views of other memory are counted too, which only errs upwards."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -55,7 +55,7 @@ def allocated_bytes(act: Callable[[], object]) -> int:
     try:
         with Allocated() as counted:
             act()
-        return tracemalloc.get_traced_memory()[1] + counted.bytes
+        return tracemalloc.get_traced_memory()[1] + int(counted.bytes)
     finally:
         tracemalloc.stop()
 

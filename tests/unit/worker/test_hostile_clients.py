@@ -166,8 +166,8 @@ def test_requests_of_one_id_get_each_its_own_answer(linears: Linears) -> None:
     inputs = [torch.full((rows, 48), float(rows)) for rows in (1, 2, 3)]
     for x in inputs:
         header = messages.Linear(id=7, group="layers.0.qkv", x=codec.spec_of(x))
-        frames = (messages.encode(header), bytes(codec.frame_of(x)))
-        admitted = dispatcher.admit(Incoming(frames, legacy=False, reply=lambda reply: replies.append(list(reply))))
+        sent = (messages.encode(header), bytes(codec.frame_of(x)))
+        admitted = dispatcher.admit(Incoming(sent, legacy=False, reply=lambda reply: replies.append(list(reply))))
         assert admitted is not None
         waiting.append(admitted)
     dispatcher.finish(compute(service, waiting))
