@@ -32,9 +32,8 @@ TINY: dict[str, Any] = {
 
 @cache
 def scratch() -> Path:
-    """Return a directory that ends with this process, in memory where there is /dev/shm."""
-    memory = Path("/dev/shm")  # noqa: S108  files are written for every input
-    path = Path(tempfile.mkdtemp(prefix="tsqp-fuzz-", dir=memory if memory.is_dir() else None))
+    """Return a directory that ends with this process; libFuzzer's, which ends at once, leave it to ``fuzz.run``."""
+    path = Path(tempfile.mkdtemp(prefix="tsqp-fuzz-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 

@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +25,7 @@ _WORK = targets.HERE.parent / ".fuzz"
 # Model files and collateral are larger than messages.
 _LONG = {"packed": 16384, "gguf": 16384, "safetensors": 16384, "quotes": 24576, "shm": 8192}
 _MESSAGE = 2048
+_MEMORY = Path("/dev/shm")  # noqa: S108  only where fuzzing writes
 _MEMORY_MB = 4096
 _INPUT_TIMEOUT_S = 30
 _STATUS = re.compile(r"^#(\d+)\s+\S+\s+cov: (\d+) ft: (\d+) corp: (\d+)", re.MULTILINE)
@@ -77,12 +80,14 @@ def fuzz(name: str, seconds: int, runs: int) -> dict[str, Any]:
     (targets.CRASHES / name).mkdir(parents=True, exist_ok=True)
     root = targets.HERE.parent
     path = os.pathsep.join((str(root / "tests"), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, "-m", "fuzz.child", name, *options],
-        cwd=root, env=environment, capture_output=True, text=True, errors="replace", check=False,
-    )  # fmt: skip
+    # In memory where there is /dev/shm: some targets write a file for every input.
+    with tempfile.TemporaryDirectory(prefix="tsqp-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None) as scratch:
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": scratch}
+        ended = subprocess.run(
+            [sys.executable, "-m", "fuzz.child", name, *options],
+            cwd=root, env=environment, capture_output=True, text=True, errors="replace", check=False,
+        )  # fmt: skip
     took_s = time.monotonic() - started
     crashes = sorted(path.name for path in set(targets.kept_inputs(name)) - before)
     if ended.returncode and not crashes:
