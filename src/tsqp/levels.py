@@ -268,7 +268,7 @@ def _open(
         def reopen() -> bool:
             nonlocal link
             links.close()
-            link = links.enter_context(connect(worker, config, model.architecture, digest, meter))
+            link = links.enter_context(connect(worker, config, model.architecture, digest, meter, again=True))
             llama.use(link.ops)
             return True
 

@@ -119,7 +119,13 @@ def meet_again(
 
 @contextmanager
 def connect(
-    peer: Peer, config: EnclaveConfig, architecture: LlamaConfig, digest: str, meter: Meter | None = None
+    peer: Peer,
+    config: EnclaveConfig,
+    architecture: LlamaConfig,
+    digest: str,
+    meter: Meter | None = None,
+    *,
+    again: bool = False,
 ) -> Iterator[Link]:
     """Connect to a worker at the level `open` for the time of a ``with`` block.
 
@@ -129,15 +135,16 @@ def connect(
         architecture: the model's architecture.
         digest: the model's digest.
         meter: where the session's costs are counted.
+        again: whether its link was lost; then it has some time to come back.
 
     Raises:
-        TsqpError: as ``meet``.
+        TsqpError: as ``meet``, or ``meet_again``.
     """
     wire_dtype = config.wire_dtype or config.dtype
     expected = Expected(
         serves="open", digest=digest, dtype=config.dtype, groups=linear_groups(architecture), wire_dtype=wire_dtype
     )
-    session, welcome = meet(peer, config, expected, meter)
+    session, welcome = (meet_again if again else meet)(peer, config, expected, meter)
     try:
         yield Link(session, OpenOps(session, architecture, codec.TORCH_DTYPES[wire_dtype]), welcome)
     finally:

@@ -7,15 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from tsqp.config import EnclaveConfig, EngineConfig
+from tsqp.engine.active import Active
 from tsqp.engine.api import (
     ClosingError,
     EngineStats,
-    Event,
     Failed,
     Finished,
     FinishReason,
@@ -23,7 +23,6 @@ from tsqp.engine.api import (
     OnEvent,
     PromptRead,
     Token,
-    TokenLogprobs,
 )
 from tsqp.engine.blocks import BlockPool, PrefixCache
 from tsqp.engine.costs import Costs
@@ -32,13 +31,7 @@ from tsqp.engine.sampling import Sampler, prompt_logprobs
 from tsqp.engine.scheduler import Scheduler, Segment, split
 from tsqp.engine.text import TextStream
 from tsqp.engine.workers import Revive, Workers, one_each
-from tsqp.errors import (
-    InputError,
-    InternalError,
-    TsqpError,
-    WeightsError,
-    bare,
-)
+from tsqp.errors import InputError, InternalError, TransportError, TsqpError, WeightsError, bare
 from tsqp.levels import Model
 from tsqp.loaded import OnStep, Stepper
 from tsqp.model.architecture import LlamaConfig
@@ -51,19 +44,6 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 # Between looks at a worker while nothing runs.
 _LOOK_S = 1.0
-
-
-@dataclass(slots=True, repr=False)
-class _Active:
-    """A request from ``submit`` to its last event."""
-
-    number: int
-    generation: Generation
-    on_event: OnEvent
-    text: TextStream
-    sampler: Sampler
-    generated: int = 0
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=lambda: [TokenLogprobs(None)])
 
 
 class GenerationEngine:
@@ -102,7 +82,7 @@ class GenerationEngine:
             max_running=settings.max_running,
             max_queued=settings.max_queued,
         )
-        self._active: dict[int, _Active] = {}
+        self._active: dict[int, Active] = {}
         self._next = 1
         self._closing = self._stepping = False
         self._broken: TsqpError | None = None
@@ -142,7 +122,7 @@ class GenerationEngine:
             number = self._next
             self._next += 1
             self._scheduler.add(number, generation)
-            self._active[number] = _Active(number, generation, on_event, text, sampler)
+            self._active[number] = Active(number, generation, on_event, text, sampler)
             self._changed.notify_all()
         return number
 
@@ -152,7 +132,7 @@ class GenerationEngine:
             if request := self._active.get(number):
                 self._cancel(request)
 
-    def _cancel(self, request: _Active) -> None:
+    def _cancel(self, request: Active) -> None:
         self._scheduler.cancel(request.number)
         self._end(request, "cancelled", "")
         if self._stepping and not self._scheduler.running:
@@ -257,18 +237,19 @@ class GenerationEngine:
         request = self._active.get(segment.number)
         if request is None:  # cancelled meanwhile
             return
+        request.losses = 0
         try:
             self._use(request, segment, logits_RV)
         except TsqpError as error:
             self._fail(request, error)
 
-    def _fail(self, request: _Active, error: TsqpError) -> None:
+    def _fail(self, request: Active, error: TsqpError) -> None:
         begun = not self._scheduler.waits(request.number)
         self._scheduler.cancel(request.number)
         del self._active[request.number]
-        self._tell(request, Failed(bare(error), begun))
+        request.tell(Failed(bare(error), begun))
 
-    def _use(self, request: _Active, segment: Segment, logits_RV: Tensor) -> None:
+    def _use(self, request: Active, segment: Segment, logits_RV: Tensor) -> None:
         """Take a segment's logits: of a prompt's tokens, and of what follows it."""
         generation, end = request.generation, segment.first + segment.count
         prompt = generation.prompt_ids
@@ -284,20 +265,20 @@ class GenerationEngine:
             reused = self._scheduler.reused(request.number)
             self._costs.reused += reused
             known = tuple(request.prompt_logprobs) if generation.prompt_logprobs else ()
-            self._tell(request, PromptRead(known, reused))
+            request.tell(PromptRead(known, reused))
         if not generation.max_tokens:
             self._finish(request, segment, "length")
             return
         self._choose(request, segment, logits_RV[-1])
 
-    def _choose(self, request: _Active, segment: Segment, logits_V: Tensor) -> None:
+    def _choose(self, request: Active, segment: Segment, logits_V: Tensor) -> None:
         generation = request.generation
         chosen = request.sampler.choose(logits_V)
         request.generated += 1
         self._costs.completion += 1
         is_end = chosen.token in self._tokenizer.conventions.end_ids and not generation.ignore_end
         text = "" if is_end else request.text.push(chosen.token)
-        self._tell(request, Token(chosen.token, text, chosen.logprobs))
+        request.tell(Token(chosen.token, text, chosen.logprobs))
         if is_end or request.text.stopped:
             self._finish(request, segment, "stop")
         elif request.generated == generation.max_tokens:
@@ -305,34 +286,31 @@ class GenerationEngine:
         else:
             self._scheduler.advanced(segment, chosen.token)
 
-    def _finish(self, request: _Active, segment: Segment, reason: FinishReason) -> None:
+    def _finish(self, request: Active, segment: Segment, reason: FinishReason) -> None:
         self._scheduler.advanced(segment, None)
         self._scheduler.finish(request.number)
         text = request.text.flush()
         self._end(request, "stop" if request.text.stopped else reason, text)
 
-    def _end(self, request: _Active, reason: FinishReason, text: str) -> None:
+    def _end(self, request: Active, reason: FinishReason, text: str) -> None:
         del self._active[request.number]
         prompt = len(request.generation.prompt_ids)
-        self._tell(request, Finished(reason, text, prompt, request.generated))
-
-    def _tell(self, request: _Active, event: Event) -> None:
-        try:
-            request.on_event(event)
-        except Exception as error:  # noqa: BLE001  of a caller that has gone; others must not suffer
-            _log.warning("a listener failed (%s)", type(error).__name__)
+        request.tell(Finished(reason, text, prompt, request.generated))
 
     def _fail_all(self, error: TsqpError) -> None:
         """End every request that has started: products that were computed together failed together.
 
-        Those that wait have used nothing of what failed, and go on waiting; but where nobody has started, nobody can.
+        But where only a link failed their step is computed again, by whoever is found, as long as it may be. Those that
+        wait have used nothing of what failed, and go on waiting; but where nobody has started, nobody can.
         """
         broken = self._workers.blame(error)
+        only_lost = isinstance(error, TransportError) and isinstance(broken, TransportError)
         with self._changed:
             self._broken = broken
             begun = [each for each in self._active.values() if not self._scheduler.waits(each.number)]
             for request in begun or ([] if broken else list(self._active.values())):
-                self._fail(request, error)
+                if not (only_lost and request.may_repeat(error)):
+                    self._fail(request, error)
             self._changed.notify_all()
 
     def _recover(self) -> None:
@@ -343,7 +321,7 @@ class GenerationEngine:
             with self._changed:
                 self._broken = bare(error)
                 for request in list(self._active.values()):
-                    self._fail(request, error)
+                    self._fail(request, request.lost or error)
                 if not self._closing:
                     self._changed.wait(_RETRY_S)
             return

@@ -2,7 +2,7 @@
 
 Each opening is a level of its own: links, vectors of the checks, mask keys and pool are made anew, the codes are read
 and compared with the manifest again, and what one opening had is closed before the next begins. After a lie a worker is
-out of use as long as this process lives. Nothing is computed twice: whoever asked hears of the error.
+out of use as long as this process lives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig
 from tsqp.enclave.waiting import Impatient
-from tsqp.errors import ConfigError, HostileError, InternalError, TransportError, TsqpError, bare
+from tsqp.errors import ConfigError, HostileError, InternalError, TransportError, TransportTimeoutError, TsqpError, bare
 from tsqp.levels import Model, check_peers, runnable
 from tsqp.loaded import OnStep, Runnable, Stepper
 from tsqp.meter import Meter
@@ -177,7 +177,7 @@ class Workers:
         return TransportError(f"no worker is in use for now; one is being opened. {self._reasons()}")
 
     def recover(self, is_over: Callable[[], bool]) -> bool:
-        """Serve again: over a new link to the same worker, or on the next one that can be used.
+        """Serve again: over a new link to the same worker, unless that one hangs, or on the next that can be used.
 
         Args:
             is_over: asked before each worker, and while one is opened, whether to give up.
@@ -190,18 +190,14 @@ class Workers:
             HostileError: none can be used any more.
         """
         first = self._at
-        if self._loaded is not None and self._at in self._usable():
-            try:
-                self._revive(is_over)
-                if self.stepper.reopen():
-                    self._refusals.pop(self._at, None)
-                    self._tell(f"serving with worker {self._name(self._at)} again.")
-                    return False
-            except Exception as error:  # noqa: BLE001  a bug there must not end the engine
-                self._refuse(self._at, error)
-                if self._usable() == {self._at}:
-                    raise self._gone() from None
-                first += 1
+        try:
+            if self._reopened(is_over):
+                return False
+        except Exception as error:  # noqa: BLE001  a bug there must not end the engine
+            self._refuse(self._at, error)
+            if self._usable() == {self._at}:
+                raise self._gone() from None
+            first += 1
         self._close_level()
 
         def stop(_name: str = "", _done: float = 0.0) -> None:
@@ -219,6 +215,20 @@ class Workers:
                 self._tell(f"serving with worker {self._name(at)} now. {self._reasons()}".strip())
                 return True
         raise self._gone()
+
+    def _reopened(self, is_over: Callable[[], bool]) -> bool:
+        """Open the lost link to the worker in use, and tell whether that is all there was to do."""
+        if self._loaded is None or self._at not in self._usable():
+            return False
+        lost = self._refusals.get(self._at)
+        if isinstance(lost, TransportTimeoutError) and len(self._usable()) > 1:
+            raise lost  # it had its time, and others need not wait for it once more
+        self._revive(is_over)
+        if not self.stepper.reopen():
+            return False
+        self._refusals.pop(self._at, None)
+        self._tell(f"serving with worker {self._name(self._at)} again.")
+        return True
 
     def close(self) -> None:
         """Close everything."""
