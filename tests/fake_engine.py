@@ -157,6 +157,8 @@ class FakeEngine:
             bytes_sent=1000,
             bytes_received=2000,
             integrity_failures=1,
+            workers=2,
+            workers_usable=1,
             seconds={"worker": 1.5, "wire": 0.5},
             ready=self.ready,
             reason=self.reason,

@@ -108,7 +108,8 @@ class Fake:
             "blocks_total": 256, "block_tokens": 16, "steps": done, "prompt_tokens": 30, "completion_tokens": done,
             "reused_tokens": 0, "batch_rows": 1, "pool_held": 93_000 if masked else 0,
             "pool_wanted": 124_000 if masked else 0, "bytes_sent": 40_000 * done, "bytes_received": 90_000 * done,
-            "integrity_failures": 0, "seconds": {name: value * done / 20 for name, value in seconds.items()},
+            "integrity_failures": 0, "workers": 1, "workers_usable": 1,
+            "seconds": {name: value * done / 20 for name, value in seconds.items()},
             "ready": True, "reason": "", "model": "smollm2", "level": self.level or "masked",
             "view": self.level is not None,
         }  # fmt: skip

@@ -14,8 +14,9 @@ import torch
 from tsqp.checked import checked, expected_worker
 from tsqp.config import EXACT_LEVELS, EnclaveConfig
 from tsqp.enclave.codes import DirectoryCodes, read_codes
-from tsqp.enclave.connect import Peer, Wrap, check_peer_link, connect, meet
+from tsqp.enclave.connect import Peer, Wrap, check_peer_link, connect, expected_open, meet
 from tsqp.enclave.dealers import check_dealers, dealer_peers
+from tsqp.enclave.session import Expected
 from tsqp.errors import ConfigError, InputError, ModelMismatchError, printable
 from tsqp.loaded import OnStep, Runnable, Stepper, cutting, shares_cores, step_groups, taking_turns
 from tsqp.meter import Meter
@@ -100,7 +101,7 @@ def runnable(
     elif level == "local":
         yield _local(model, config, on_step)
     else:
-        worker = _worker_peer(config, level, wrap_worker)
+        worker = worker_peer(config, level, wrap_worker)
         if level == "open":
             with _open(model, config, worker, on_step, offload_attention=offload_attention) as loaded:
                 yield loaded
@@ -145,7 +146,7 @@ def check_peers(level: str, config: EnclaveConfig) -> None:
     Raises:
         TsqpError: as ``runnable`` does for them.
     """
-    worker = _worker_peer(config, level, None)
+    worker = worker_peer(config, level, None)
     dealers = _dealers(config, level, None)
     if dealers:
         check_dealers(worker, dealers, lambda _sentence: None)
@@ -157,15 +158,27 @@ def check_worker(model: Model, config: EnclaveConfig, on_step: OnStep = lambda _
     Raises:
         TsqpError: it does not, or as connecting does.
     """
-    worker = _worker_peer(config, config.level, None)
+    meet(worker_peer(config, config.level, None), config, expected_of(model, config, on_step))[0].close()
+
+
+def expected_of(model: Model, config: EnclaveConfig, on_step: OnStep = lambda _name, _done: None) -> Expected:
+    """Return what a worker must say that serves this model at ``config.level``.
+
+    Raises:
+        WeightsError: a weight is missing.
+    """
     if model.packed is not None:
-        meet(worker, config, expected_worker(model.packed))[0].close()
-        return
-    with connect(worker, config, model.architecture, _digest(model, on_step)):
-        pass
+        return expected_worker(model.packed)
+    return expected_open(config, model.architecture, _digest(model, on_step))
 
 
-def _worker_peer(config: EnclaveConfig, level: str, wrap: Wrap | None) -> Peer:
+def worker_peer(config: EnclaveConfig, level: str, wrap: Wrap | None) -> Peer:
+    """Return where the worker of some settings is, and its key.
+
+    Raises:
+        InputError: they name none.
+        ConfigError: its key cannot be read.
+    """
     if config.worker is None:
         raise InputError(f"the level {level!r} needs a worker's address.")
     key = load_public(config.worker_key) if config.worker_key is not None else None

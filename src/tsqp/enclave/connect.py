@@ -117,6 +117,17 @@ def meet_again(
         time.sleep(_PAUSE_S)
 
 
+def expected_open(config: EnclaveConfig, architecture: LlamaConfig, digest: str) -> Expected:
+    """Return what a worker must say that serves a model at the level `open`."""
+    return Expected(
+        serves="open",
+        digest=digest,
+        dtype=config.dtype,
+        groups=linear_groups(architecture),
+        wire_dtype=config.wire_dtype or config.dtype,
+    )
+
+
 @contextmanager
 def connect(
     peer: Peer,
@@ -140,12 +151,11 @@ def connect(
     Raises:
         TsqpError: as ``meet``, or ``meet_again``.
     """
-    wire_dtype = config.wire_dtype or config.dtype
-    expected = Expected(
-        serves="open", digest=digest, dtype=config.dtype, groups=linear_groups(architecture), wire_dtype=wire_dtype
-    )
+    expected = expected_open(config, architecture, digest)
     session, welcome = (meet_again if again else meet)(peer, config, expected, meter)
     try:
-        yield Link(session, OpenOps(session, architecture, codec.TORCH_DTYPES[wire_dtype]), welcome)
+        yield Link(
+            session, OpenOps(session, architecture, codec.TORCH_DTYPES[config.wire_dtype or config.dtype]), welcome
+        )
     finally:
         session.close()

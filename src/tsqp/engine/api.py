@@ -193,6 +193,7 @@ class EngineStats:
         pool_held, pool_wanted: rows of mask products, over all linears; 0 where nothing is masked.
         bytes_sent, bytes_received: over the link to the worker.
         integrity_failures: how often a worker or dealer gave a wrong product or sent what it must not.
+        workers, workers_usable: how many were given, and can be used now: the one in use, and those that answer.
         seconds: by part. worker, wire: that the enclave waited for them; enclave: the rest of the steps, of which
             attention, quantise, mask, check, ahead and mask_wait are parts; sampling: between steps; mask_fill: in
             idle time.
@@ -215,6 +216,8 @@ class EngineStats:
     bytes_sent: int
     bytes_received: int
     integrity_failures: int
+    workers: int
+    workers_usable: int
     seconds: dict[str, float]
     ready: bool
     reason: str = ""

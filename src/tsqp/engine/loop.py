@@ -143,6 +143,7 @@ class GenerationEngine:
         """See ``api.Engine``."""
         meter, costs = self._workers.meter(), self._costs
         held, wanted = self._workers.pool()
+        workers_usable = self._workers.usable()
         with self._changed:
             return EngineStats(
                 running=self._scheduler.running,
@@ -160,6 +161,8 @@ class GenerationEngine:
                 bytes_sent=meter.bytes_sent,
                 bytes_received=meter.bytes_received,
                 integrity_failures=self._workers.lies,
+                workers=self._workers.count,
+                workers_usable=workers_usable,
                 seconds=costs.seconds(self._cache.attention_ns / 1e9, meter.mask_fill_ns / 1e9),
                 ready=self._broken is None and not self._closing,
                 reason=str(self._broken or ("closing" if self._closing else "")),
@@ -368,6 +371,7 @@ def open_engine(
         each = one_each(config, settings)
         workers = stack.enter_context(closing(Workers(model, each, sizes.head_rows, on_notice, revive)))
         workers.open(on_step)
+        workers.watch()
         yield stack.enter_context(
             closing(
                 GenerationEngine(workers, model.architecture, model.tokenizer, settings, reuse_prefixes=reuse == "on")

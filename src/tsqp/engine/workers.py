@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig
 from tsqp.enclave.waiting import Impatient
+from tsqp.engine.health import Health
 from tsqp.errors import ConfigError, HostileError, InternalError, TransportError, TransportTimeoutError, TsqpError, bare
 from tsqp.levels import Model, check_peers, runnable
 from tsqp.loaded import OnStep, Runnable, Stepper
@@ -71,6 +72,7 @@ class Workers:
 
     Attributes:
         lies: how often a worker or a dealer sent what it must not.
+        health: of those that stand by, where there are several.
         given_up: set while nobody wants what is waited for: a worker that does not answer is given up soon then.
     """
 
@@ -94,6 +96,7 @@ class Workers:
         self._refusals: dict[int, TsqpError] = {}
         self._told = ""
         self._lock = threading.Lock()
+        self.health = Health(model, self._configs, self._standby)
 
     @property
     def stepper(self) -> Stepper:
@@ -111,6 +114,22 @@ class Workers:
     def is_open(self) -> bool:
         """Whether a worker is in use."""
         return self._loaded is not None
+
+    def watch(self) -> None:
+        """Ask those that stand by from now on, if there are any."""
+        if len(self._configs) > 1:
+            self.health.start()
+
+    @property
+    def count(self) -> int:
+        """How many workers were given; at the level `local` this process counts as one."""
+        return len(self._configs)
+
+    def usable(self) -> int:
+        """Return how many workers can be used now, as far as is known: the one in use, and those that answer."""
+        with self._lock:
+            in_use = {self._at} if self._loaded else set()
+        return len((in_use - self._refusals.keys()) | (self.health.answering & self._standby()))
 
     def pool(self) -> tuple[int, int]:
         """Return how many rows of mask products are held and wanted; none where nothing is masked, or open."""
@@ -232,6 +251,7 @@ class Workers:
 
     def close(self) -> None:
         """Close everything."""
+        self.health.close()
         self._close_level()
 
     def _open(
@@ -274,9 +294,15 @@ class Workers:
                     self._loaded = None
 
     def _in_turn(self, first: int) -> list[int]:
-        """Return who may be tried, from a number on."""
+        """Return who may be tried: those that stand by and answer, the least loaded first, then others in order."""
         count = len(self._configs)
-        return [at % count for at in range(first, first + count) if at % count in self._usable()]
+        usable = [at % count for at in range(first, first + count) if at % count in self._usable()]
+        return sorted(usable, key=self.health.order)
+
+    def _standby(self) -> set[int]:
+        """Return who is not in use and may be."""
+        with self._lock:
+            return self._usable() - ({self._at} if self._loaded else set())
 
     def _usable(self) -> set[int]:
         return {at for at in range(len(self._configs)) if not isinstance(self._refusals.get(at), HostileError)}

@@ -91,7 +91,7 @@ def _add_health(app: FastAPI, engine: Engine) -> None:
             return json_response({"status": "not ready", "reason": "the server is stopping."}, status=503)
         if not stats.ready:
             return json_response({"status": "not ready", "reason": stats.reason}, status=503)
-        return json_response({"status": "ready"})
+        return json_response({"status": "ready", "workers": stats.workers, "workers_usable": stats.workers_usable})
 
 
 def _add_attestation(app: FastAPI, identity: Identity) -> None:

@@ -24,6 +24,8 @@ _GAUGES = {
     "batch_rows": "Rows of the last step.",
     "pool_held": "Rows of mask products that are ready, over all linears.",
     "pool_wanted": "Rows of mask products that the pool is to hold.",
+    "workers": "Workers that were given.",
+    "workers_usable": "Workers that can be used now: the one in use, and those on standby that answer.",
 }
 _COUNTERS = {
     "steps": "Steps of the engine.",

@@ -36,6 +36,8 @@ def test_metrics_count_requests_and_tokens_and_tell_the_engines_numbers(serve: S
         "engine_bytes_sent_total": 1000,
         "engine_bytes_received_total": 2000,
         "engine_integrity_failures_total": 1,
+        "engine_workers": 2,
+        "engine_workers_usable": 1,
         "engine_ready": 1,
         "http_generations_in_flight": 0,
     }.items():

@@ -124,6 +124,11 @@ def test_health_is_for_everybody(path: str, key_file: Path, serve: Serve) -> Non
     assert far.get(path).status_code == 200
 
 
+def test_ready_says_how_many_workers_can_be_used(serve: Serve) -> None:
+    answer = serve(FakeEngine()).get("/readyz")
+    assert answer.json() == {"status": "ready", "workers": 2, "workers_usable": 1}
+
+
 def test_not_ready_says_why(serve: Serve) -> None:
     answer = serve(FakeEngine(ready=False, reason="no worker is left.")).get("/readyz")
     assert (answer.status_code, answer.json()["reason"]) == (503, "no worker is left.")
