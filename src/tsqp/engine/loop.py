@@ -307,12 +307,12 @@ class GenerationEngine:
         wait have used nothing of what failed, and go on waiting; but where nobody has started, nobody can.
         """
         broken = self._workers.blame(error)
-        only_lost = isinstance(error, TransportError) and isinstance(broken, TransportError)
+        lost = error if isinstance(error, TransportError) and isinstance(broken, TransportError) else None
         with self._changed:
             self._broken = broken
             begun = [each for each in self._active.values() if not self._scheduler.waits(each.number)]
             for request in begun or ([] if broken else list(self._active.values())):
-                if not (only_lost and request.may_repeat(error)):
+                if not (lost and request.may_repeat(lost)):
                     self._fail(request, error)
             self._changed.notify_all()
 
