@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +79,7 @@ def soak(plan: Plan, say: Say) -> Report:
         plan: how much.
         say: told what happens, line by line.
     """
+    others = set(psutil.Process().children(recursive=True))
     with tempfile.TemporaryDirectory(prefix="tsqp-soak-") as name:
         site = Site(Path(name))
         say(f"starting servers at {', '.join(plan.levels)} and their workers")
@@ -88,7 +89,7 @@ def soak(plan: Plan, say: Say) -> Report:
             injecting.run()
             system.end_programs()
             after, each_after = system.at_rest()
-        left = [*system.ended_badly, *_left(site)]
+        left = [*system.ended_badly, *_left(site, others)]
     grown = [
         f"{name} grew from {each_before[name]} to {(memory, files)} bytes and descriptors"
         for name, (memory, files) in each_after.items()
@@ -113,9 +114,10 @@ def soak(plan: Plan, say: Say) -> Report:
     )
 
 
-def _left(site: Site) -> list[str]:
+def _left(site: Site, others: Container[psutil.Process]) -> list[str]:
     """Say what is there that was not before, now that all has ended."""
-    found = [f"process {each.pid}: {' '.join(each.cmdline())}" for each in psutil.Process().children(recursive=True)]
+    children = [each for each in psutil.Process().children(recursive=True) if each not in others]
+    found = [f"process {each.pid}: {' '.join(each.cmdline())}" for each in children]
     found += [f"shared memory {each}" for each in named_regions()]
     return found + [f"socket {each}" for each in site.directory.rglob("*") if each.is_socket()]
 

@@ -97,7 +97,7 @@ def test_transports_take_turns(tmp_path: Path) -> None:
     assert used | {"tcp", "ipc", "shm, copied", "shm, in place", "MessagePack", "gRPC", "HTTP JSON"} <= {
         row.name for row in got.rows if row.points
     }
-    assert all(len(row.points) == 3 for row in got.rows if row.points)
+    assert all(len(row.points) == 4 for row in got.rows if row.points)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tsqp.errors import InternalError
 from tsqp.paths import private_socket_directory
+from tsqp.transport.sockets import owner_only
 from tsqp.transport.urls import parse
 
 # Longer than those of any request and reply here. Twice as much would be mapped and unmapped for each one.
@@ -71,7 +72,8 @@ def relay(listen: str, worker: str, delay_s: float) -> None:
         delay_s: each way.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(listen)
+        with owner_only():
+            listener.bind(listen)
         listener.listen()
         while True:
             enclave, _ = listener.accept()

@@ -49,7 +49,6 @@ UNREAD_REPLIES = 1024
 # connections that show no life, but none is sent while the way is full.
 PATIENCE_S = 60.0
 _LOOK_S = 1.0
-_NO_DESCRIPTOR = -1
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +130,10 @@ class ZmqListener:
         rest = self._rest()
         frames = tuple(frame.buffer for frame in rest)
         route = [identity.bytes]
-        peer = self._peer(route[0], rest[0]) if rest else ZmqPeer(_NO_DESCRIPTOR)
+        descriptor = _descriptor(rest[0]) if rest else None
+        if descriptor is None:
+            return None
+        peer = self._peer(route[0], descriptor)
         legacy = bool(frames) and len(frames[0]) == 0
         if legacy:
             route, frames = [identity.bytes, b""], frames[1:]
@@ -148,9 +150,8 @@ class ZmqListener:
             more = frame.more
         return kept
 
-    def _peer(self, identity: bytes, frame: zmq.Frame) -> ZmqPeer:
+    def _peer(self, identity: bytes, descriptor: int) -> ZmqPeer:
         """Return who a message is of. The same identity over another connection is somebody else."""
-        descriptor = int(frame.get(zmq.SRCFD))
         peer = self._peers.get(identity)
         if peer is None or peer.descriptor != descriptor:
             peer = self._peers[identity] = ZmqPeer(descriptor)
@@ -251,6 +252,18 @@ class ZmqPeer(Client):
         if not self.is_gone:
             with contextlib.suppress(OSError), unix.socket(fileno=os.dup(self.descriptor)) as connection:
                 connection.shutdown(unix.SHUT_RDWR)
+
+
+def _descriptor(frame: zmq.Frame) -> int | None:
+    """Return the connection that a frame came over; None where libzmq knows none.
+
+    That is so of peers that do not speak ZMTP 3: whatever begins with another byte than its greeting is taken for one
+    that speaks the first version. Nobody of ours does, and they are not answered.
+    """
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:
+        return None
 
 
 def _inode(descriptor: int) -> int | None:

@@ -20,7 +20,7 @@ from tsqp import __version__
 from tsqp.errors import BusyError, DeviceMemoryError, InputError, InternalError, ProtocolError, TsqpError, printable
 from tsqp.model.architecture import module_count
 from tsqp.model.linears import is_out_of_memory, out_of_memory
-from tsqp.transport.base import Incoming
+from tsqp.transport.base import Client, Incoming
 from tsqp.wire import codec, messages
 from tsqp.wire.codec import Buffer
 from tsqp.wire.messages import AnyRequest, Failure, GroupSpec
@@ -62,6 +62,8 @@ class Dispatcher:
         self.service = service
         self.clients = Clients(limits or Limits())
         self.queue = Queue()
+        # Who asks by ``answer``, without a transport.
+        self._direct = Client()
         self._instance = os.urandom(16).hex()
         self._model = printable(Path(model).name)[: messages.MAX_NAME] or "model"
         self.digest = digest
@@ -79,7 +81,8 @@ class Dispatcher:
     def answer(self, frames: Sequence[Buffer]) -> list[Buffer]:
         """Return the reply to any frames at all: what is not a valid request is answered with a failure."""
         replies: list[list[Buffer]] = []
-        waiting = self.admit(Incoming(tuple(frames), legacy=False, reply=lambda reply: replies.append(list(reply))))
+        take: Send = lambda reply: replies.append(list(reply))  # noqa: E731
+        waiting = self.admit(Incoming(tuple(frames), legacy=False, reply=take, client=self._direct))
         if waiting:
             self.finish(compute(self.service, [waiting]))
         return replies[0]
