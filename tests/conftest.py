@@ -88,13 +88,21 @@ def worker() -> Iterator[StartWorker]:
         yield start
 
 
-@pytest.fixture(params=logs.FORMS)
-def debug_logs(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Log all that there is to standard error, as text or as JSON; tell which."""
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Undo what a command that ran in this process set up: it would write into the output of the next."""
     ours, root = logging.getLogger("tsqp"), logging.getLogger()
-    before = ours.level, root.level, list(root.handlers)
-    logs.set_up("debug", request.param)
-    yield request.param
-    ours.setLevel(before[0])
-    root.setLevel(before[1])
-    root.handlers[:] = before[2]
+    levels = ours.level, root.level
+    yield
+    ours.setLevel(levels[0])
+    root.setLevel(levels[1])
+    for handler in [each for each in root.handlers if type(each).__module__ == logs.__name__]:
+        root.removeHandler(handler)
+
+
+@pytest.fixture(params=logs.FORMS)
+def debug_logs(request: pytest.FixtureRequest, logs_as_before: None) -> str:  # noqa: ARG001  it undoes this
+    """Log all that there is to standard error, as text or as JSON; tell which."""
+    form: str = request.param
+    logs.set_up("debug", form)
+    return form
