@@ -74,8 +74,11 @@ def test_evidence_survives_the_wire(tee: str, quote: bytes, claims: bytes) -> No
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_evidence_or_an_error(raw: bytes) -> None:
-    with pytest.raises(EvidenceError):
-        decode_evidence(raw)
+    try:
+        evidence = decode_evidence(raw)
+    except EvidenceError:
+        return
+    assert isinstance(evidence, Evidence)  # Hypothesis also tries bytes that it finds in our sources
 
 
 def test_what_is_no_base64_is_refused() -> None:
