@@ -112,8 +112,8 @@ class Clients:
         self.refused = 0
 
     def __len__(self) -> int:
-        self._forget_gone()
-        return len(self._accounts)
+        """Return how many are connected. Any thread may ask, so nothing is changed."""
+        return sum(not client.is_gone for client in list(self._accounts))
 
     def account(self, client: Client) -> Account:
         """Return a client's account; open one for a client that is new.

@@ -99,6 +99,19 @@ def test_a_client_that_is_gone_leaves_its_place_once_its_requests_are_done() -> 
     clients.account(Client())
 
 
+def test_to_ask_how_many_there_are_changes_nothing() -> None:
+    """Prometheus asks on a thread of its own, while the worker's loop goes through the same accounts."""
+    clients = Clients(Limits(clients=2))
+    gone, here = Client(), Client()
+    for client in (gone, here):
+        clients.account(client)
+    gone.end()
+    under_way = iter(clients._accounts)
+    assert next(under_way) is gone
+    assert len(clients) == 1
+    assert next(under_way) is here
+
+
 @pytest.mark.parametrize("holds", ["nothing", "request", "reply"])
 def test_the_quietest_client_that_holds_nothing_gives_its_place_up(holds: str) -> None:
     clock = Clock()
