@@ -128,8 +128,8 @@ class Workers:
     def usable(self) -> int:
         """Return how many workers can be used now, as far as is known: the one in use, and those that answer."""
         with self._lock:
-            in_use = {self._at} if self._loaded else set()
-        return len((in_use - self._refusals.keys()) | (self.health.answering & self._standby()))
+            serves = self._loaded is not None and self._at not in self._refusals
+        return serves + len(self.health.answering & self._standby())
 
     def pool(self) -> tuple[int, int]:
         """Return how many rows of mask products are held and wanted; none where nothing is masked, or open."""
