@@ -15,6 +15,7 @@ import datetime as dt
 import json
 import math
 import secrets
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of all that is chosen; a new one by default")
     parser.add_argument("--out", type=Path, default=Path("soak-faults.json"))
     options = parser.parse_args()
+    # Whoever stops it leaves no process behind either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     seconds = options.seconds or (600.0 if options.times is None else math.inf)

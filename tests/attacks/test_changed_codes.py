@@ -23,7 +23,6 @@ from hostile import (
 )
 from torch import Tensor
 
-from tsqp.enclave import codes
 from tsqp.enclave.codes import StreamedCodes, read_codes
 from tsqp.errors import HostileError, IntegrityError, ProtocolError
 from tsqp.wire import messages
@@ -41,7 +40,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mate
     """Stream in small pieces too; ``None`` leaves the real size, which holds any group of a tiny model."""
     if request.param:
         smallest = min(group.in_features for group in material.groups)
-        monkeypatch.setattr(codes, "_CHUNK_BYTES", request.param * smallest)
+        monkeypatch.setattr(messages, "MAX_UNPAID_BYTES", 2 * request.param * smallest)
 
 
 def of_codes(group: str, tamper: Tamper, *, last: bool = False) -> Tamper:

@@ -7,8 +7,10 @@ was made of them is accepted only if the digest at the end is the manifest's.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -24,8 +26,8 @@ from tsqp.model.packed import open_codes
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import TensorSpec
 
-# One message's worth: a few megabytes of codes.
-_CHUNK_BYTES = 4 << 20
+# How many requests for codes are under way: some megabytes, so that the link and both sides have work.
+_UNDER_WAY = 4
 
 
 class CodesSource(Protocol):
@@ -61,14 +63,14 @@ class StreamedCodes:
         self._session = session
 
     def rows(self, group: PackedGroup) -> Iterator[Tensor]:
-        """See ``CodesSource.rows``. The next request is under way while one reply is used."""
-        step = max(1, _CHUNK_BYTES // group.in_features)
-        counts = [min(step, group.rows - first) for first in range(0, group.rows, step)]
-        ids = [self._ask(group, 0, counts[0])]
-        for index, count in enumerate(counts):
-            if index + 1 < len(counts):
-                ids.append(self._ask(group, (index + 1) * step, counts[index + 1]))
-            reply, frames = self._session.result(ids[index], messages.Result)
+        """See ``CodesSource.rows``. The next requests are under way while one reply is used."""
+        step = messages.most_code_rows(group.in_features)
+        unsent = iter([(first, min(step, group.rows - first)) for first in range(0, group.rows, step)])
+        under_way = deque((self._ask(group, *part), part[1]) for part in islice(unsent, _UNDER_WAY))
+        while under_way:
+            request_id, count = under_way.popleft()
+            reply, frames = self._session.result(request_id, messages.Result)
+            under_way.extend((self._ask(group, *part), part[1]) for part in islice(unsent, 1))
             expect = TensorSpec("int8", (count, group.in_features))
             # Hashed and used by the caller, never compared with anything before its digest is.
             yield codec.claim(reply, frames, expect, f"codes of {group.name} from {self.name}").unverified()

@@ -46,9 +46,10 @@ class Refusals:
         dues = [each.due for each in self._refusals.values() if each.due is not None]
         return max(0.0, min(dues) - time.monotonic()) if dues else float("inf")
 
-    def unsent(self) -> set[int]:
-        """Return the requests to which no reply will come before they are sent again."""
-        return {number for number, each in self._refusals.items() if each.due is not None}
+    def is_sent(self, request_id: int) -> bool:
+        """Tell whether a reply to a request will come: it was not refused, or was sent again."""
+        refusal = self._refusals.get(request_id)
+        return refusal is None or refusal.due is None
 
     def sentence(self, request_id: int) -> str | None:
         """Return why a request was refused last; None if it was not."""
@@ -58,7 +59,3 @@ class Refusals:
     def forget(self, request_id: int) -> None:
         """Note that a request was answered, or is of no more interest."""
         self._refusals.pop(request_id, None)
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._refusals.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -266,18 +266,23 @@ class Session:
             self.meter.bytes_sent += sum(map(len, message))
         return self._refusals.pause_s()
 
-    def abandon(self) -> None:
-        """Forget every request in flight: their replies are dropped when they come."""
-        self._abandoned |= self._waiting.keys() - self._arrived.keys() - self._refusals.unsent()
-        self._refusals.clear()
-        self._waiting.clear()
-        self._headers.clear()
-        for frames in self._frames.values():
-            self.discard(*frames)
-        self._frames.clear()
-        for _, delivery in self._arrived.values():
-            delivery.release()
-        self._arrived.clear()
+    def abandon(self, requests: Iterable[int] | None = None) -> None:
+        """Forget requests in flight, by default every one: their replies are dropped when they come.
+
+        Args:
+            requests: ids; those whose replies were taken are let be.
+        """
+        for request_id in list(self._waiting) if requests is None else requests:
+            if self._waiting.pop(request_id, None) is None:
+                continue
+            self._headers.pop(request_id)
+            self.discard(*self._frames.pop(request_id))
+            arrived = self._arrived.pop(request_id, None)
+            if arrived:
+                arrived[1].release()
+            elif self._refusals.is_sent(request_id):
+                self._abandoned.add(request_id)
+            self._refusals.forget(request_id)
 
     def hello(self, timeout_s: float) -> messages.Welcome:
         """Ask the worker who it is.

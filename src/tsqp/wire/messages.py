@@ -18,6 +18,9 @@ MAX_RANK = 4
 MAX_DIMENSION = 1 << 31
 MAX_STATE_TENSORS = 4096
 SEED_BYTES = 32
+# What a request that brings no tensor may make its receiver allocate; but one row may always be asked for.
+MAX_UNPAID_BYTES = 1 << 20
+_WORD_BYTES = 4
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 RequestId = Annotated[int, Meta(ge=0, lt=1 << 62)]
@@ -85,8 +88,21 @@ class LinearExact(Request, frozen=True, tag="linear_exact"):
     x: TensorSpec
 
 
+def most_code_rows(inputs: int) -> int:
+    """Return how many rows of a group's K codes one request may ask for: a kernel's layout is undone beside them."""
+    return max(1, MAX_UNPAID_BYTES // max(1, 2 * inputs))
+
+
+def most_mask_rows(inputs: int, outputs: int) -> int:
+    """Return how many mask rows of K words one request may ask a group's N products of; kernels need as much again."""
+    return max(1, MAX_UNPAID_BYTES // max(1, 2 * _WORD_BYTES * (inputs + outputs)))
+
+
 class Codes(Request, frozen=True, tag="codes"):
-    """Ask for ``rows`` rows of one group's int8 codes from row ``first`` on. Answered with int8 (rows, K)."""
+    """Ask for ``rows`` rows of one group's int8 codes from row ``first`` on. Answered with int8 (rows, K).
+
+    At most ``most_code_rows`` at once.
+    """
 
     group: Name
     first: Dimension
@@ -96,8 +112,9 @@ class Codes(Request, frozen=True, tag="codes"):
 class MaskProduct(Request, frozen=True, tag="mask_product"):
     """Ask a dealer for the products of ``count`` mask rows with one group's codes. Answered with int32 (count, N).
 
-    The rows are keystream of ``seed`` (``tsqp.arith.keystream``), from row number ``first`` on; the group's number is
-    its place in ``Welcome.groups``. The seed is a secret between enclave and dealer: it is not shown.
+    At most ``most_mask_rows`` at once. The rows are keystream of ``seed`` (``tsqp.arith.keystream``), from row number
+    ``first`` on; the group's number is its place in ``Welcome.groups``. The seed is a secret between enclave and
+    dealer: it is not shown.
     """
 
     group: Name

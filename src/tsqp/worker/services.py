@@ -266,6 +266,7 @@ class ExactService(_CodesService):
                 codes = self._codes_of(group)
                 if first + rows > codes.rows:
                     raise InputError(f"codes of {group} have {codes.rows} rows; rows up to {first + rows} asked.")
+                _check_count(f"codes of {group}", rows, messages.most_code_rows(codes.inputs))
                 return codes.plain(first, rows).cpu()
             case _:
                 raise _refused(header, self.serves)
@@ -309,7 +310,8 @@ class DealerService(_CodesService):
         if not isinstance(header, messages.MaskProduct):
             return None
         codes = self._codes_of(header.group)
-        bound_result((header.count, max(codes.rows, codes.inputs)))
+        most = messages.most_mask_rows(codes.inputs, codes.rows)
+        _check_count(f"mask product {header.group}", header.count, most)
         if header.first + header.count > MAX_ROWS:
             raise InputError(f"mask rows {header.first} to {header.first + header.count}: at most {MAX_ROWS} exist.")
         return Rows(header.group, header.count)
@@ -321,6 +323,12 @@ class DealerService(_CodesService):
         number = list(self.groups).index(header.group)
         inputs = self.groups[header.group].in_features
         return keystream_rows(header.seed, number, header.first, header.count, inputs)
+
+
+def _check_count(what: str, asked: int, most: int) -> None:
+    """Refuse what a few bytes ask for if it is much."""
+    if asked > most:
+        raise InputError(f"{what}: {asked} rows were asked for; at most {most} are given at once. Ask in parts.")
 
 
 def _refused(header: AnyRequest, serves: Service) -> InputError:

@@ -259,6 +259,23 @@ def test_an_abandoned_request_is_answered_once(session: Session, worker: FakeTra
     expect_protocol_error(session, second, "not in flight")
 
 
+def test_one_request_is_abandoned_and_others_are_not(session: Session, worker: FakeTransport) -> None:
+    gone, arrived, kept = (session.submit(linear) for _ in range(3))
+    worker.say(result(arrived), FRAME)
+    worker.say(result(kept), FRAME)
+    session.result(kept, messages.Result)
+    session.abandon([gone, arrived, kept])
+    worker.say(result(gone), FRAME)
+    last = session.submit(linear)
+    worker.say(result(last), FRAME)
+    assert session.result(last, messages.Result)[0].id == last
+    for request_id in (gone, arrived):
+        with pytest.raises(InternalError, match="never made, or its result has been taken"):
+            session.result(request_id, messages.Result)
+    worker.say(result(arrived), FRAME)
+    expect_protocol_error(session, session.submit(linear), "not in flight")
+
+
 def test_a_result_can_be_taken_once(session: Session, worker: FakeTransport) -> None:
     request_id = session.submit(linear, [FRAME])
     worker.say(result(request_id), FRAME)

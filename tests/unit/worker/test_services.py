@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,9 +130,21 @@ def test_what_does_not_fit_is_refused(
         services["exact"].product(header, tensors)
 
 
-def test_a_few_bytes_cannot_claim_all_memory(services: dict[str, WorkerService]) -> None:
-    with pytest.raises(InputError, match="elements; at most"):
-        services["masks"].product(messages.MaskProduct(id=1, group=GROUP, seed=SEED, first=0, count=(1 << 31) - 1), ())
+def test_a_few_bytes_cannot_claim_much_memory(services: dict[str, WorkerService]) -> None:
+    codes = services["masks"].groups[GROUP]
+    most = messages.most_mask_rows(codes.in_features, codes.rows)
+    asked = messages.MaskProduct(id=1, group=GROUP, seed=SEED, first=0, count=most)
+    assert len(services["masks"].product(asked, ())) == most
+    with pytest.raises(InputError, match=f"{most + 1} rows were asked for; at most {most} are given at once"):
+        services["masks"].product(msgspec.structs.replace(asked, count=most + 1), ())
+
+
+def test_codes_are_given_in_parts(services: dict[str, WorkerService], monkeypatch: pytest.MonkeyPatch) -> None:
+    group = services["exact"].groups[GROUP]
+    monkeypatch.setattr(messages, "MAX_UNPAID_BYTES", 6 * group.in_features)
+    assert len(services["exact"].product(messages.Codes(id=1, group=GROUP, first=0, rows=3), ())) == 3
+    with pytest.raises(InputError, match="4 rows were asked for; at most 3 are given at once"):
+        services["exact"].product(messages.Codes(id=1, group=GROUP, first=0, rows=4), ())
 
 
 @settings(deadline=None)
