@@ -21,7 +21,7 @@ from tsqp.errors import BusyError, DeviceMemoryError, InputError, InternalError,
 from tsqp.model.architecture import module_count
 from tsqp.model.linears import is_out_of_memory, out_of_memory
 from tsqp.transport.base import Client, Incoming
-from tsqp.wire import codec, messages
+from tsqp.wire import codec, legacy, messages
 from tsqp.wire.codec import Buffer
 from tsqp.wire.messages import AnyRequest, Failure, GroupSpec
 from tsqp.worker.batching import Queue, Rows, Waiting
@@ -118,9 +118,15 @@ class Dispatcher:
         return None
 
     def pass_on(self, incoming: Incoming, answer: Callable[[Sequence[Buffer]], list[Buffer]]) -> None:
-        """Have a message of the first protocol answered, and count it."""
+        """Have a message of the first protocol answered, and count it; its client is bounded as others are."""
         self.legacy += 1
         self.bytes_received += sum(map(len, incoming.frames))
+        try:
+            self.clients.account(incoming.client).check_room()
+        except BusyError as error:
+            self.clients.refused += 1
+            self._send(incoming.reply, [legacy.failure(str(error))])
+            return
         self._send(incoming.reply, answer(incoming.frames))
 
     def finish(self, products: Sequence[Product]) -> None:

@@ -61,14 +61,18 @@ class Worker:
             if self._alone > _LOOK_EVERY and self._alone % _LOOK_EVERY:
                 return
         for _ in range(MAX_TAKEN):  # what is answered at once does not fill the queue
-            if not self._queue.has_room or not self._receive(0.0):
+            if not self._queue.has_room:
+                return
+            incoming = self._receive(0.0)
+            # A request of the first protocol was computed at once: now it is the turn of one that waits.
+            if incoming is None or incoming.legacy:
                 return
 
-    def _receive(self, timeout_s: float) -> bool:
+    def _receive(self, timeout_s: float) -> Incoming | None:
         incoming = self._transport.receive(timeout_s)
         if incoming:
             self._admit(incoming)
-        return incoming is not None
+        return incoming
 
     def _admit(self, incoming: Incoming) -> None:
         if incoming.legacy:

@@ -14,8 +14,9 @@ from tiny_models import load_linears, tiny_checkpoint
 from torch import Tensor
 
 from tsqp.model.linears import Linears
-from tsqp.transport.base import Incoming
+from tsqp.transport.base import Client, Incoming
 from tsqp.wire import codec, messages
+from tsqp.worker.clients import Limits
 from tsqp.worker.dispatch import Dispatcher
 from tsqp.worker.legacy import LegacyDispatcher
 from tsqp.worker.products import compute
@@ -63,6 +64,20 @@ def test_memory_that_lacks_around_a_product_is_no_bug(
     assert isinstance(reply, messages.Failure)
     assert reply.code == "memory"
     assert "cpu is out of memory" in reply.message
+
+
+def test_clients_of_the_first_protocol_are_bounded_too(linears: Linears) -> None:
+    """How many there are, and what they leave unread; they are told so in their own words."""
+    dispatcher = Dispatcher(OpenService(linears, {}), "tiny", "digest", Limits(clients=1))
+    answers = []
+    for client in (Client(), Client()):
+        reply = lambda frames: answers.append(msgspec.msgpack.decode(frames[0]))  # noqa: E731
+        incoming = Incoming((b"old",), legacy=True, reply=reply, client=client)
+        dispatcher.pass_on(incoming, lambda _frames: [msgspec.msgpack.encode({"status": "ok"})])
+    assert answers[0] == {"status": "ok"}
+    assert answers[1]["status"] == "error"
+    assert "--max-clients" in answers[1]["error"]
+    assert dispatcher.stats().refused == 1
 
 
 def legacy_answer(linears: Linears, method: str, body: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from tsqp.arith.ring import lay_out
 from tsqp.enclave.session import Session
 from tsqp.errors import BusyError, InputError, TsqpError
 from tsqp.model.packed import open_codes
-from tsqp.transport.base import Delivery
+from tsqp.transport.base import Delivery, Incoming
 from tsqp.transport.client import open_client
 from tsqp.transport.server import Server
 from tsqp.transport.urls import Endpoint, parse
@@ -100,6 +100,42 @@ def taken(session: Session, request_id: int, rows: int, outputs: int) -> Tensor:
     frames = delivered.private() if isinstance(delivered, Delivery) else delivered
     expect = messages.TensorSpec("int32", (rows, outputs))
     return codec.claim(reply, frames, expect, "test").unverified()
+
+
+class Scripted:
+    """A transport over which messages come one after the other, and then the parent hangs up."""
+
+    ahead = None
+
+    def __init__(self, messages_: list[Incoming]) -> None:
+        self._left = messages_
+
+    @property
+    def hung_up(self) -> bool:
+        return not self._left
+
+    def receive(self, timeout_s: float) -> Incoming | None:  # noqa: ARG002
+        return self._left.pop(0) if self._left else None
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Nothing to close."""
+
+
+def test_requests_of_the_first_protocol_take_turns_with_products(service: ExactService) -> None:
+    """They are answered when they come, but one at a time while others wait."""
+    answered: list[str] = []
+
+    def message(name: str) -> Incoming:
+        reply = lambda _frames: answered.append(name)  # noqa: E731
+        if name.startswith("old"):
+            return Incoming((b"old",), legacy=True, reply=reply)
+        x_MK = words(1, service.groups[name].in_features, 1)
+        header = messages.LinearExact(id=1, group=name, x=codec.spec_of(x_MK))
+        return Incoming((messages.encode(header), codec.frame_of(x_MK)), legacy=False, reply=reply)
+
+    script = Scripted([message(name) for name in (QKV, DOWN, "old 1", "old 2", "old 3")])
+    Worker(Dispatcher(service, "tiny", "digest"), script).serve()
+    assert answered == ["old 1", QKV, "old 2", DOWN, "old 3"]
 
 
 def test_each_client_gets_its_own_rows(service: ExactService, endpoint: Endpoint) -> None:
