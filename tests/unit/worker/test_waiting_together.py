@@ -23,6 +23,7 @@ from tsqp.model.packed import open_codes
 from tsqp.transport.base import Delivery, Incoming
 from tsqp.transport.client import open_client
 from tsqp.transport.server import Server
+from tsqp.transport.spinning import Ahead
 from tsqp.transport.urls import Endpoint, parse
 from tsqp.wire import codec, messages
 from tsqp.worker.clients import Limits
@@ -105,7 +106,7 @@ def taken(session: Session, request_id: int, rows: int, outputs: int) -> Tensor:
 class Scripted:
     """A transport over which messages come one after the other, and then the parent hangs up."""
 
-    ahead = None
+    ahead: Ahead | None = None
 
     def __init__(self, messages_: list[Incoming]) -> None:
         self._left = messages_
