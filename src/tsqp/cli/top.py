@@ -40,6 +40,16 @@ def top(
         str | None,
         typer.Option(help="Public key of the worker or dealer: NAME.key or its text.", show_default="a link in clear"),
     ] = None,
+    own_key: Annotated[
+        str | None,
+        typer.Option(
+            help="This process's own key, NAME.key_secret, for a peer that lets only some in.",
+            show_default="a fresh one for each link",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Watch a peer beyond this machine over a link in clear.")
+    ] = False,
     api_key_file: Annotated[
         str | None,
         typer.Option(help=f"A server's API key: a file that has it alone. Or {_API_KEY}.", show_default="none"),
@@ -61,7 +71,13 @@ def top(
     with reported(as_json=json):
         if not _LEAST_S <= interval <= _MOST_S:
             raise ConfigError(f"--interval {interval:g}: expected seconds, from {_LEAST_S:g} to {_MOST_S:g}.")
-        config = settings.load(EnclaveConfig, {"worker": url, "worker_key": worker_key})
+        flags = {
+            "worker": url,
+            "worker_key": worker_key,
+            "own_key": own_key,
+            "insecure": "on" if insecure else None,
+        }
+        config = settings.load(EnclaveConfig, flags)
         address = config.worker or f"127.0.0.1:{DEFAULT_PORT}"
         if address.startswith(("http://", "https://")):
             source = _server(address, api_key_file, ca, policy, config.connect_timeout_s)

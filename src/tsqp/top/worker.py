@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.session import Role, Session
 from tsqp.errors import TransportTimeoutError, printable
+from tsqp.levels import worker_peer
 from tsqp.top.reading import Reading
 from tsqp.transport.client import open_client
-from tsqp.transport.keys import load_public
 from tsqp.transport.urls import parse
 from tsqp.wire import messages
 from tsqp.wire.messages import StatsResult, Welcome
@@ -21,15 +23,14 @@ class WorkerSource:
 
     Args:
         address: where it is.
-        config: its key, and how long to wait for an answer.
+        config: its key, this process's own, and how long to wait for an answer.
 
     Raises:
-        ConfigError, SetupError: address or key cannot be used.
+        ConfigError, SetupError: address or key cannot be used, or the link would leave this machine in clear.
     """
 
     def __init__(self, address: str, config: EnclaveConfig) -> None:
-        self._endpoint = parse(address)
-        self._key = load_public(config.worker_key) if config.worker_key is not None else None
+        self._peer = worker_peer(replace(config, worker=address), "open", None)
         self._config = config
         self._session: Session | None = None
         self._welcome: Welcome | None = None
@@ -37,7 +38,7 @@ class WorkerSource:
     @property
     def url(self) -> str:
         """See ``Source.url``."""
-        return str(self._endpoint)
+        return str(parse(self._peer.address))
 
     def read(self) -> Reading:
         """See ``Source.read``. After an error a new link is opened."""
@@ -59,7 +60,8 @@ class WorkerSource:
     def _met(self) -> tuple[Session, Welcome]:
         if self._session is None or self._welcome is None:
             timeout_s = self._config.connect_timeout_s
-            link = open_client(self._endpoint, self._config.max_message_bytes, self._key)
+            peer = self._peer
+            link = open_client(parse(peer.address), self._config.max_message_bytes, peer.key, peer.own)
             self._session = Session(link, timeout_s)
             self._welcome = self._session.hello(timeout_s)
         return self._session, self._welcome

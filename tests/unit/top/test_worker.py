@@ -15,11 +15,18 @@ from tiny_models import load_linears
 from tsqp.arith.ring import lay_out
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.session import Session
-from tsqp.errors import AbsentPeerError, ConfigError, PeerKeyError, ProtocolError, TransportTimeoutError
+from tsqp.errors import (
+    AbsentPeerError,
+    ConfigError,
+    KeyRefusedError,
+    PeerKeyError,
+    ProtocolError,
+    TransportTimeoutError,
+)
 from tsqp.top.reading import Reading
 from tsqp.top.worker import WorkerSource
 from tsqp.transport.client import open_client
-from tsqp.transport.keys import KeyPair, ephemeral
+from tsqp.transport.keys import KeyPair, create, ephemeral, load_public
 from tsqp.transport.server import Server
 from tsqp.transport.urls import parse
 from tsqp.wire import codec, messages
@@ -42,8 +49,10 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @contextmanager
-def running(service: WorkerService, address: str, key: KeyPair | None = None) -> Iterator[Worker]:
-    server = Server([parse(address)], LIMIT_BYTES, key=key)
+def running(
+    service: WorkerService, address: str, key: KeyPair | None = None, allowed: frozenset[bytes] | None = None
+) -> Iterator[Worker]:
+    server = Server([parse(address)], LIMIT_BYTES, key=key, allowed=allowed)
     worker = Worker(Dispatcher(service, "/models/ti\x1bny", "digest"), server)
     thread = threading.Thread(target=worker.serve)
     thread.start()
@@ -128,6 +137,22 @@ def test_with_a_key_the_worker_must_hold_it(service: OpenService, tmp_path: Path
             read(address)
     with pytest.raises(ConfigError):
         read(f"shm://{tmp_path}/worker", worker_key=key.public.decode())
+
+
+def test_who_lets_only_some_in_is_watched_with_an_own_key(service: OpenService, tmp_path: Path) -> None:
+    address, key = f"ipc://{tmp_path}/worker", ephemeral()
+    public, secret = create(tmp_path, "watcher")
+    with running(service, address, key, frozenset([load_public(public)])):
+        settings = {"worker_key": key.public.decode()}
+        assert read(address, **settings, own_key=str(secret)).kind == "worker"
+        with pytest.raises(KeyRefusedError):
+            read(address, **settings)
+
+
+def test_a_link_in_clear_that_leaves_this_machine_must_be_meant() -> None:
+    with pytest.raises(ConfigError, match="--insecure"):
+        WorkerSource("192.0.2.1:50051", config())
+    WorkerSource("192.0.2.1:50051", config(insecure="on"))
 
 
 def test_who_is_not_there_may_come_later(service: OpenService, address: str) -> None:
