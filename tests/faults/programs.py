@@ -25,17 +25,23 @@ _RUN = "from tsqp.cli import main; sys.exit(main())"
 
 
 def run(site: Site, *words: str, file_bytes: int | None = None) -> tuple[int, dict[str, Any], str]:
-    """Run a command of tsqp's with --json; return its exit code, what it printed, and its standard error."""
+    """Run a command of tsqp's with --json; return its exit code, what it printed, and its standard error.
+
+    One that does not end is killed; its exit code is -1.
+    """
     command = ["-m", "tsqp", *words] if file_bytes is None else ["-c", _LIMITED + _RUN, str(file_bytes), *words]
-    done = subprocess.run(
-        [sys.executable, *command, "--json"],
-        capture_output=True,
-        text=True,
-        env=site.environment,
-        timeout=_LIMIT_S,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, *command, "--json"],
+            capture_output=True,
+            text=True,
+            env=site.environment,
+            timeout=_LIMIT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        return -1, {}, f"it did not end within {_LIMIT_S:g} s"
     try:
         said = json.loads(done.stdout)
     except ValueError:
