@@ -67,10 +67,12 @@ def running(level: str, name: str = "smollm2", micro_batches: int | None = None)
         yield Running(stack.enter_context(open_engine(model, config, SMALL)), model.tokenizer.encode)
 
 
-def generated(level: str, name: str = "smollm2", micro_batches: int | None = None) -> list[list[int]]:
+def generated(
+    level: str, name: str = "smollm2", micro_batches: int | None = None, tokens: int = TOKENS
+) -> list[list[int]]:
     """All prompts at once."""
     with running(level, name, micro_batches) as run:
-        answers = [run.ask(prompt) for prompt in PROMPTS]
+        answers = [run.ask(prompt, tokens) for prompt in PROMPTS]
         for answer in answers:
             assert isinstance(answer.end, Finished)
         return [answer.ids for answer in answers]
@@ -104,9 +106,9 @@ def test_greedy_tokens_are_those_of_transformers(level: str, reference: list[lis
 
 def test_packed_levels_generate_the_same_tokens() -> None:
     directory = str(open_model("smollm2", "masked").directory)
-    local = generated("local", directory)
-    assert generated("masked") == local
-    assert generated("verified", micro_batches=2) == local  # two groups in flight
+    local = generated("local", directory, tokens=24)
+    assert generated("masked", tokens=24) == local
+    assert generated("verified", micro_batches=2, tokens=24) == local  # two groups in flight
 
 
 @pytest.fixture(scope="module")
