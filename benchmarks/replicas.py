@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import runpy
 import statistics
 import sys
 import tempfile
@@ -26,7 +27,6 @@ from typing import Any
 
 import msgspec
 import torch
-from random_model import write
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -46,6 +46,7 @@ from tsqp.worker.products import Product, compute
 from tsqp.worker.services import WorkerService
 
 PROMPT_TOKENS = 8
+RANDOM_MODEL = Path(__file__).with_name("random_model.py")
 _PATIENCE_S = 300
 _POLL_S = 0.05
 
@@ -67,7 +68,7 @@ def serve(fixed_ms: float, row_ms: float, words: Sequence[str]) -> None:
 def packed_model(directory: Path) -> Model:
     """Make a tiny model with random weights, and a tokenizer that knows no text."""
     torch.manual_seed(0)
-    write("tiny", directory / "plain", torch.float32)
+    runpy.run_path(str(RANDOM_MODEL))["write"]("tiny", directory / "plain", torch.float32)
     Tokenizer(WordLevel({"the": 0, "other": 1}, unk_token="other")).save(str(directory / "plain" / "tokenizer.json"))  # noqa: S106
     pack(directory / "plain", "tiny", directory / "packed", lambda _done: None)
     return open_model(str(directory / "packed"), "masked")

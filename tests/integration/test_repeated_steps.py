@@ -9,7 +9,7 @@ import pytest
 from hostile import Exchange, HostilePeer, honest
 from sites import LIE, LONG_PROMPT, Site, until
 
-from tsqp.engine import steps
+from tsqp import loaded
 from tsqp.engine.active import MOST_REPEATS
 from tsqp.engine.api import Failed, Finished
 from tsqp.errors import IntegrityError, TransportClosedError, TransportError
@@ -66,7 +66,7 @@ def test_a_step_is_computed_again_a_bounded_number_of_times(site: Site, monkeypa
         tries.append(len(work))
         return [TransportClosedError("the link is gone.") for _ in work]
 
-    monkeypatch.setattr(steps, "run_together", lost)
+    monkeypatch.setattr(loaded, "run_together", lost)
     asked = run.ask()
     assert isinstance(asked.end, Failed)
     assert isinstance(asked.error, TransportError)

@@ -11,7 +11,7 @@ from engine_answers import Answer
 from hostile import HostilePeer
 from sites import LONG_PROMPT, PROMPT, Running, Site, until
 
-from tsqp.engine import steps
+from tsqp import loaded
 from tsqp.engine.api import Event, Finished, Generation, Sampling
 from tsqp.wire import messages
 
@@ -41,13 +41,13 @@ def test_workers_share_each_step_and_change_no_bit(site: Site, level: str, monke
     assert len({str(events) for events in expected}) == len(PROMPTS)  # else a swap could not be seen
     run = site.run(level, *(peer.address for peer in peers))
     run.until_in_use(3)
-    compute, together = steps.run_together, list[int]()
+    compute, together = loaded.run_together, list[int]()
 
     def noted(work: Any) -> list[Any]:
         together.append(len(work))
         return compute(work)
 
-    monkeypatch.setattr(steps, "run_together", noted)
+    monkeypatch.setattr(loaded, "run_together", noted)
     assert answered(run) == expected
     assert together.count(3) >= 7  # of the steps in which every request had a token
     rows = [rows for _, _, rows in run.engine.stats().each_worker]

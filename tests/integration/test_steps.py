@@ -13,8 +13,8 @@ from engine_answers import Answer
 from real_serving import speaking_checkpoint
 from workers import StartWorker
 
+from tsqp import loaded
 from tsqp.config import EnclaveConfig, EngineConfig
-from tsqp.engine import steps
 from tsqp.engine.api import Finished, Generation, Sampling
 from tsqp.engine.loop import GenerationEngine
 from tsqp.engine.opening import open_engine
@@ -64,14 +64,14 @@ def answered(engine: GenerationEngine) -> list[list[int]]:
 @pytest.fixture
 def parts_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Into how many groups each step was cut."""
-    run, seen = steps.run_together, list[int]()
+    run, seen = loaded.run_together, list[int]()
 
     def noted(work: Any) -> list[Any]:
         ((_, parts),) = work
         seen.append(len(parts))
         return run(work)
 
-    monkeypatch.setattr(steps, "run_together", noted)
+    monkeypatch.setattr(loaded, "run_together", noted)
     return seen
 
 
@@ -94,7 +94,7 @@ def test_a_step_is_one_round_trip_for_each_linear_or_chain_whoever_asks(
     level: str, running: Callable[..., Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    gate, run = threading.Event(), steps.run_together
+    gate, run = threading.Event(), loaded.run_together
 
     def counted(work: Any) -> list[Any]:
         assert gate.wait(60)
@@ -105,7 +105,7 @@ def test_a_step_is_one_round_trip_for_each_linear_or_chain_whoever_asks(
         seen.append((sequences, engine._workers.meter().round_trips - before))
         return found
 
-    monkeypatch.setattr(steps, "run_together", counted)
+    monkeypatch.setattr(loaded, "run_together", counted)
     with running(level) as engine:
         for count in (1, 16):
             gate.clear()

@@ -15,9 +15,9 @@ import psutil
 from msgspec import Struct
 from torch import Tensor
 
+from tsqp import loaded
 from tsqp.enclave.mask_pool import MaskPool
 from tsqp.enclave.masks import Mask
-from tsqp.engine import steps
 from tsqp.engine.loop import GenerationEngine
 from tsqp.errors import TsqpError
 
@@ -91,8 +91,8 @@ class Watch:
         self._watch_masks()
 
     def _watch_steps(self) -> None:
-        place: Any = steps
-        run = steps.run_together
+        place: Any = loaded
+        run = loaded.run_together
 
         def watched(work: Any) -> list[list[Tensor] | TsqpError]:
             parts = [part for _, each in work for part in each]

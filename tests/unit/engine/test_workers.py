@@ -335,7 +335,7 @@ def test_with_dealers_a_lie_puts_all_out_of_use(places: Places) -> None:
 def test_with_dealers_who_is_away_is_not_brought_back_after_a_lie(places: Places) -> None:
     workers = opened(2, dealers=("d:1",))
     workers.blame(of(workers, "a"), LOST)
-    places.progress = failing(AssertionError("it was opened"))
+    places.reopening = failing(AssertionError("it was opened"))
     workers.blame(of(workers, "b"), LIE)
     meanwhile(workers)
     assert sorted(places.events[4:]) == ["close a:1", "close b:1"]
