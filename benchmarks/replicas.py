@@ -135,9 +135,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=48, help="at once")
-    parser.add_argument("--tokens", type=int, default=24, help="of each")
-    parser.add_argument("--fixed-ms", type=float, default=2.0, help="of each product")
-    parser.add_argument("--row-ms", type=float, default=0.25, help="of each row of a product")
+    parser.add_argument("--tokens", type=int, default=12, help="of each")
+    parser.add_argument("--fixed-ms", type=float, default=4.0, help="of each product")
+    parser.add_argument("--row-ms", type=float, default=0.5, help="of each row of a product")
     parser.add_argument("--level", choices=("verified", "masked"), action="append")
     asked = parser.parse_args()
     levels = asked.level or ["verified", "masked"]
