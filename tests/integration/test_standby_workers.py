@@ -86,7 +86,7 @@ def test_workers_are_asked_again_and_again_and_told_of_nothing(site: Site, caplo
     assert run.engine.stats().ready
     warnings = [record.getMessage() for record in caplog.records if record.name == health.__name__]
     assert warnings  # more than one, if another attempt fails otherwise
-    assert all(each.startswith(f"worker {second.address} cannot be used: ") for each in warnings)
+    assert all(each.startswith(f"worker {second.address} does not say how it is: ") for each in warnings)
     _, end = ending(site, "second")
     site._stack.callback(end)
     run.until_in_use(2)

@@ -22,6 +22,7 @@ from tsqp.engine.replica import Replica
 from tsqp.engine.workers import Workers
 from tsqp.errors import (
     AbsentPeerError,
+    BusyError,
     ConfigError,
     HostileError,
     InputError,
@@ -29,6 +30,7 @@ from tsqp.errors import (
     InternalError,
     ModelMismatchError,
     ProtocolError,
+    SetupError,
     TransportClosedError,
     TransportError,
     TransportTimeoutError,
@@ -461,6 +463,21 @@ def test_a_look_at_several_waits_for_none_and_loses_who_did_not_answer(places: P
     places.silent = {}
     meanwhile(workers)
     assert serving(workers) == "ab"
+
+
+@pytest.mark.parametrize(
+    "error", [BusyError("it has 1 client, as many as it takes."), SetupError("all seats are taken.")]
+)
+def test_who_has_no_room_to_be_asked_is_used_on(places: Places, error: TsqpError) -> None:
+    workers = opened(2)
+    places.silent = {"a:1": error}
+    meanwhile(workers)
+    workers.look()
+    assert serving(workers) == "ab"
+    assert of(workers, "a").waiting is None  # so that others come first
+    workers.blame(of(workers, "a"), LOST)
+    meanwhile(workers)
+    assert serving(workers) == "b"
 
 
 def test_a_bug_while_opening_is_an_error_of_that_worker_without_its_text(places: Places) -> None:
