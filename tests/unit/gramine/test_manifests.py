@@ -47,7 +47,7 @@ ADDRESSES = {
     "TSQP_WORKERS",
 }
 SIZES = {"TSQP_KV_MEMORY", "TSQP_MASK_MEMORY", "TSQP_MASK_POOL", "TSQP_MAX_MESSAGE_BYTES", "TSQP_MAX_QUEUED"}
-SIZES |= {"TSQP_MAX_RUNNING", "TSQP_STEP_TOKENS"}
+SIZES |= {"TSQP_MAX_RUNNING", "TSQP_STEP_TOKENS", "TSQP_WORKER_ROWS"}
 MACHINE_PATHS = ("/home", "/root", "/srv", "/tmp", "/usr/local", "/opt/")  # noqa: S108
 TMP = "/tmp"  # noqa: S108
 SHM = "/dev/shm"  # noqa: S108
