@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,7 +57,9 @@ class Ranks:
 
 
 @contextmanager
-def started(directory: Path, words: list[str], *options: str) -> Iterator[Ranks]:
+def started(
+    directory: Path, words: list[str], *options: str, environment: dict[str, str] | None = None
+) -> Iterator[Ranks]:
     """Start ``tsqp worker`` by a command line, and leave nothing of it."""
     log = directory / "stderr"
     listen = ["--listen", f"ipc://{os.environ['XDG_RUNTIME_DIR']}/ranks-{free_port()}"]
@@ -68,6 +69,7 @@ def started(directory: Path, words: list[str], *options: str) -> Iterator[Ranks]
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env=environment,
         )
     ranks = None
     try:
@@ -147,11 +149,28 @@ def test_three_ranks_serve_floats_and_end_when_one_is_killed(tiny: Path, tmp_pat
     assert "of 3 is lost: it was killed by SIGKILL. The worker cannot go on without it" in ranks.said
 
 
-def test_without_their_leader_no_rank_stays(tiny_codes: Path, tmp_path: Path) -> None:
-    with started(tmp_path, WORKER, "--model", str(tiny_codes), "--tensor-parallel", "2") as ranks:
-        ranks.process.kill()
-        assert ranks.ends() == -signal.SIGKILL
-        assert "rank 1: rank 0 is gone, so this one ends." in ranks.said
+def test_ranks_of_several_machines_meet_over_the_network_and_none_stays_without_the_first(
+    tiny_codes: Path, tmp_path: Path
+) -> None:
+    """Here both machines are this one, and each process is told that it is alone on its own."""
+    ids_BT = random_ids(1, 5)
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    alone = {**os.environ, **meeting, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    options = ["--model", str(tiny_codes), "--device", "cpu", "--insecure"]
+    with subprocess.Popen(
+        [sys.executable, "-m", *WORKER, *options], env={**alone, "RANK": "1"}, stderr=subprocess.PIPE, text=True
+    ) as second:
+        try:
+            with started(tmp_path, WORKER, *options, environment={**alone, "RANK": "0"}) as ranks:
+                assert ranks.others == []
+                masked = logits(tiny_codes, "masked", ids_BT, worker=ranks.url)
+                ranks.process.kill()
+                assert second.wait(PATIENCE_S) == RankLostError.exit_code
+        finally:
+            second.kill()
+        assert second.stderr
+        assert second.stderr.read().endswith("error: rank 1: rank 0 is gone, so this one ends.\n")
+    assert torch.equal(masked, logits(tiny_codes, "local", ids_BT))
 
 
 def test_ranks_of_torchrun_work_together(tiny_codes: Path, tmp_path: Path) -> None:

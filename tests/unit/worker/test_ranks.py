@@ -12,23 +12,35 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tiny_models import load_linears, tiny_checkpoint
 from torch import Tensor
+from workers import packed_tiny
 
 from tsqp.config import WorkerConfig
-from tsqp.errors import ConfigError, DeviceMemoryError, InputError, RankLostError, SetupError, WeightsError
+from tsqp.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    InputError,
+    ModelMismatchError,
+    RankLostError,
+    SetupError,
+    WeightsError,
+)
 from tsqp.model.architecture import read_config
+from tsqp.model.digest import model_digest
 from tsqp.model.linears import Linears
 from tsqp.model.ops import read_state
+from tsqp.model.packed import open_codes
 from tsqp.model.share import Share
 from tsqp.model.weights import Checkpoint
 from tsqp.worker.products import CpuEngine
 from tsqp.worker.ranks import follower as follower_module
 from tsqp.worker.ranks import leader as leader_module
 from tsqp.worker.ranks import life, links
-from tsqp.worker.ranks.follower import _Follower, _Part
+from tsqp.worker.ranks.follower import _Follower, _load, _Part
 from tsqp.worker.ranks.leader import Leader
 from tsqp.worker.ranks.life import Beating
 from tsqp.worker.ranks.links import BEATS, COMMANDS, Channel, Done, Failed, Load, Multiply, Stop, Welcoming
@@ -328,6 +340,16 @@ def test_a_follower_tells_that_it_has_no_memory_and_goes_on(monkeypatch: pytest.
     assert [each.numel() for each in sent] == [24]
     ours.close()
     theirs.close()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_follower_refuses_another_model_than_the_leaders(tiny_llama: Path, tmp_path: Path, *, exact: bool) -> None:
+    model = packed_tiny(tiny_llama, tmp_path / "packed") if exact else tiny_llama
+    digest = open_codes(model).codes_digest if exact else model_digest(read_config(model), Checkpoint(model))
+    order = msgspec.structs.replace(ORDER, model=str(model), exact=exact, digest=digest)
+    assert _load(order, Share(1, 2), CPU).groups["head"].rows == 101
+    with pytest.raises(ModelMismatchError, match=r"is another model here \(digest .*\) than on rank 0 \(0+\)"):
+        _load(msgspec.structs.replace(order, digest="0" * 64), Share(1, 2), CPU)
 
 
 class AllRanks:
