@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ class Leader:
         self._stack = ExitStack()
         self._stack.callback(self._stop_children)
         try:
-            directory = self._stack.enter_context(private_socket_directory())
+            directory = self._directory = self._stack.enter_context(private_socket_directory())
             if place.launched:
                 self._meeting = meet_by_torchrun(one_machine=place.one_machine)
             else:
@@ -265,6 +266,7 @@ class Leader:
     def _end(self, error: TsqpError) -> NoReturn:
         self._ending.acquire()  # for good: only the first speaks
         self._kill_children()
+        shutil.rmtree(self._directory, ignore_errors=True)
         end(error)
 
     def _kill_children(self) -> None:
