@@ -24,6 +24,7 @@ from tsqp.worker.devices import device_failed
 from tsqp.worker.ranks.life import Listening, end
 from tsqp.worker.ranks.links import (
     BEATS,
+    CLOSED,
     COMMANDS,
     Channel,
     Command,
@@ -43,7 +44,6 @@ _STOP_TIMEOUT_S = 5.0
 _DYING_S = 1.0
 _LOOK_S = 0.25
 _SIGNALS = {each.value: each.name for each in signal.Signals}
-_CLOSED = "its connection closed"
 _ADVICE = "The worker cannot go on without it: start it again. What the rank said last stands above."
 
 
@@ -208,7 +208,7 @@ class Leader:
                 try:
                     channel.send(command)
                 except OSError:
-                    self._gone(rank, _CLOSED)
+                    self._gone(rank, CLOSED)
 
     def _replies(self, then: Callable[[int], None] = lambda _rank: None) -> TsqpError | None:
         """Hear all followers, do what comes ``then`` for those that did what they were told; return a failure."""
@@ -230,7 +230,7 @@ class Leader:
         try:
             return channel.reply()
         except EOFError:
-            self._gone(rank, _CLOSED)
+            self._gone(rank, CLOSED)
 
     def _carry(self, work: Callable[[], object]) -> None:
         """Do what the process group does. Where it fails, a rank is lost, and who listens knows which."""
@@ -244,7 +244,7 @@ class Leader:
     def _check_children(self) -> None:
         for rank, child in self._children.items():
             if child.poll() is not None:
-                self._gone(rank, _CLOSED)
+                self._gone(rank, CLOSED)
 
     def _gone(self, rank: int, how: str) -> NoReturn:
         self._on_lost(rank, how)
@@ -252,7 +252,8 @@ class Leader:
 
     def _on_lost(self, rank: int, how: str) -> None:
         """Note the loss of a rank, which any thread may find; end this process if it is past loading."""
-        if child := self._children.get(rank):
+        child = self._children.get(rank)
+        if child and how == CLOSED:
             with suppress(subprocess.TimeoutExpired):
                 code = child.wait(_DYING_S)
                 how = (
