@@ -19,7 +19,7 @@ from tsqp.arith.ring import Codes, lay_out
 from tsqp.enclave.freivalds import Checker
 from tsqp.enclave.session import Session
 from tsqp.errors import IntegrityError
-from tsqp.model.manifest import Manifest, PackedGroup
+from tsqp.model.manifest import CodesManifest, PackedGroup
 from tsqp.model.packed import open_codes
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import TensorSpec
@@ -94,7 +94,11 @@ class Checks:
 
 @torch.inference_mode()
 def read_codes(
-    manifest: Manifest, source: CodesSource, *, keep: bool, on_progress: Callable[[float], None] = lambda _done: None
+    manifest: CodesManifest,
+    source: CodesSource,
+    *,
+    keep: bool,
+    on_progress: Callable[[float], None] = lambda _done: None,
 ) -> Checks:
     """Read all codes once.
 

@@ -104,6 +104,11 @@ class PackedEnclave:
     tokenizer_json: bytes | None
 
     @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The model's linear groups, in the manifest's order."""
+        return linear_groups(self.config)
+
+    @property
     def largest_norms(self) -> dict[str, float]:
         """B of each group, by name."""
         return {group.name: group.largest_norm for group in self.manifest.groups}
