@@ -21,6 +21,8 @@ FORMAT: Final = "tsqp-packed-1"
 WORKER, ENCLAVE = "worker", "enclave"
 MANIFEST, CONFIG, TOKENIZER = "manifest.json", "config.json", "tokenizer.json"
 STATE, EMBEDDING, HEAD = "state.safetensors", "embedding.safetensors", "head.safetensors"
+# Of a linear map (model/linear_map.py): all its codes.
+CODES: Final = "codes.safetensors"
 WEIGHTS_RULE: Final = "int8, symmetric, one scale per output channel"
 ACTIVATIONS_RULE: Final = "one scale per token, ||x|| B / (2^31-1 - B sqrt(K)/2)"
 
@@ -125,13 +127,14 @@ def codes_digest(groups: Iterable[tuple[str, int, int, str]]) -> str:
 
 
 def is_packed(directory: Path) -> bool:
-    """Tell whether a directory is a packed model, or one side of it: its ``enclave/`` or its ``worker/``."""
+    """Tell whether a directory is a packed model or a linear map, or one side of it: ``enclave/`` or ``worker/``."""
     with reading(directory):
         if (directory / ENCLAVE / MANIFEST).is_file() or any((directory / WORKER).glob("*.safetensors")):
             return True
         if (directory / MANIFEST).is_file() and (directory / STATE).is_file():
             return True
-        return (directory / HEAD).is_file() and not (directory / CONFIG).exists()
+        found = (directory / HEAD).is_file() or (directory / CODES).is_file()
+        return found and not (directory / CONFIG).exists()
 
 
 def enclave_directory(directory: Path) -> Path:

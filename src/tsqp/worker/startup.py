@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,8 @@ from tsqp.config import DEALER_PORT, WorkerConfig
 from tsqp.errors import ConfigError, SetupError
 from tsqp.model.architecture import module_count, read_config, weight_shapes
 from tsqp.model.digest import model_digest
-from tsqp.model.linears import Linears, memory_errors
+from tsqp.model.linear_map import is_floats, open_floats
+from tsqp.model.linears import FloatGroups, Linears, memory_errors
 from tsqp.model.locate import is_packed_model, locate, locate_packed
 from tsqp.model.ops import read_state
 from tsqp.model.packed import open_codes
@@ -180,6 +182,8 @@ def _check_dealer(endpoints: tuple[Endpoint, ...], key: KeyPair | None, progress
 def _load(config: WorkerConfig, device: torch.device, progress: Progress) -> Dispatcher:
     if config.serves in ("exact", "masks") or (config.serves == "auto" and is_packed_model(config.model)):
         return _load_codes(config, device, progress)
+    if is_floats(Path(config.model).expanduser()):
+        return _load_floats(config, device, progress)
     directory = locate(config.model, lambda done: progress.step("converting the model", done))
     architecture = read_config(directory)
     checkpoint = Checkpoint(directory)
@@ -189,6 +193,14 @@ def _load(config: WorkerConfig, device: torch.device, progress: Progress) -> Dis
     linears = Linears(architecture, checkpoint, dtype, device, lambda done: progress.step("loading the weights", done))
     service = OpenService(linears, read_state(linears, checkpoint))
     return Dispatcher(service, config.model, digest, _limits(config))
+
+
+def _load_floats(config: WorkerConfig, device: torch.device, progress: Progress) -> Dispatcher:
+    """Load the float weights of a linear map, each matrix checked against its digest."""
+    weights = open_floats(Path(config.model).expanduser())
+    linears = FloatGroups(weights.groups, codec.TORCH_DTYPES[config.dtype], device)
+    linears.fill(weights.read, lambda done: progress.step("loading the weights", done))
+    return Dispatcher(OpenService(linears, {}), config.model, weights.digest, _limits(config))
 
 
 def _limits(config: WorkerConfig) -> Limits:
