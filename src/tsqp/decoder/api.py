@@ -31,6 +31,7 @@ from tsqp.model.exact import ExactLinears, LocalProducts
 from tsqp.model.linear_map import (
     FLOAT_DTYPES,
     FLOATS,
+    FloatWeights,
     LinearMap,
     MapManifest,
     floats_digest,
@@ -143,15 +144,16 @@ def attach(
     if found.experts and config.level == "masked" and not accept_expert_leak:
         raise ConfigError(
             "the model is a mixture of experts: at masked the worker still sees which experts are used, and by how "
-            "many tokens of each request, which tells something of the prompt. Accept that with accept_expert_leak=True, or "
-            "run another model."
+            "many tokens of each request, which tells something of the prompt. Accept that with "
+            "accept_expert_leak=True, or run another model."
         )
     meter = Meter()
     with ExitStack() as opening:
         where = Path(directory) if directory is not None else opening.enter_context(_temporary())
-        site = _Site(found, _exported(model, found, where), where, config, meter)
+        digest, weights = _exported(model, found, where)
+        site = _Site(found, digest, where, config, meter)
         products = opening.enter_context(_products(site, on_notice))
-        back = move(found, site.groups, products, open_floats(where))
+        back = move(found, site.groups, products, weights)
         end = weakref.finalize(model, opening.pop_all().close)
     attached = Attached(
         level=config.level,
@@ -245,17 +247,23 @@ def _temporary() -> Iterator[Path]:
         yield Path(name) / "map"
 
 
-def _exported(model: Any, found: Survey, directory: Path) -> str:  # noqa: ANN401
-    """Write the linear map if it is not there; return the digest of the model's weights."""
-    if not directory.exists():
-        return write_map(found.weights(), _name(model), directory).source_digest
-    digest, stored = floats_digest(found.weights()), open_floats(directory).digest
-    if digest != stored:
-        raise WeightsError(
-            f"{directory} is the linear map of another model: its weights have the digest {stored[:12]}, this model's "
-            f"{digest[:12]}. Name another directory, or remove that one."
-        )
-    return digest
+def _exported(model: Any, found: Survey, directory: Path) -> tuple[str, FloatWeights]:  # noqa: ANN401
+    """Write the linear map if it is not there; return the digest of the model's weights, and their copy, to read."""
+    if directory.exists():
+        digest = floats_digest(found.weights())
+    else:
+        digest = write_map(found.weights(), _name(model), directory).source_digest
+    weights = open_floats(directory)
+    if weights.digest != digest:
+        raise _other_map(directory, weights.digest, digest)
+    return digest, weights
+
+
+def _other_map(directory: Path, stored: str, digest: str) -> WeightsError:
+    return WeightsError(
+        f"{directory} is the linear map of another model: its weights have the digest {stored[:12]}, this model's "
+        f"{digest[:12]}. Name another directory, or remove that one."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +294,8 @@ def _products(site: _Site, on_notice: Notice) -> Iterator[Products]:
             yield Products(stack.enter_context(_open(site, config)), nullcontext)
             return
         linear_map = open_map(site.directory, site.groups)
+        if linear_map.manifest.source_digest != site.digest:
+            raise _other_map(site.directory, linear_map.manifest.source_digest, site.digest)
         _require_digest(linear_map, config, site.directory)
         if config.level == "local":
             checks = read_codes(linear_map.manifest, DirectoryCodes(site.directory), keep=True)

@@ -145,6 +145,7 @@ class RemoteExperts(nn.Module):
     has_bias: bool
     gate_up_proj_bias: Tensor
     down_proj_bias: Tensor
+    _apply_gate: Callable[[Tensor], Tensor]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the sum of the chosen experts' outputs, by their weights.
@@ -178,8 +179,7 @@ class RemoteExperts(nn.Module):
             out_MD.index_add_(0, rows, y.to(out_MD.dtype))
 
     def _gated(self, expert: int, up: Tensor) -> Tensor:
-        gated: Tensor = self._apply_gate(up + self.gate_up_proj_bias[expert] if self.has_bias else up)
-        return gated
+        return self._apply_gate(up + self.gate_up_proj_bias[expert] if self.has_bias else up)
 
 
 def refuse_gradients(layer: nn.Module, x: Tensor) -> None:

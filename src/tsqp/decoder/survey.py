@@ -111,7 +111,7 @@ def survey(model: Any) -> Survey:  # noqa: ANN401  transformers has no types
         stayed,
         experts=bool(experts),
         stacks={path: module for path, module in stacks.items() if path in moved},
-        tables=tuple(module.weight for module in model.modules() if isinstance(module, nn.Embedding)),
+        tables=tuple(each.get_parameter("weight") for each in model.modules() if isinstance(each, nn.Embedding)),
     )
 
 
