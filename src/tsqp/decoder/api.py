@@ -37,6 +37,7 @@ from tsqp.model.linear_map import (
     floats_digest,
     open_floats,
     open_map,
+    write_floats,
     write_map,
 )
 from tsqp.model.manifest import WORKER
@@ -150,7 +151,7 @@ def attach(
     meter = Meter()
     with ExitStack() as opening:
         where = Path(directory) if directory is not None else opening.enter_context(_temporary())
-        digest, weights = _exported(model, found, where)
+        digest, weights = _exported(model, found, where, with_codes=directory is not None or config.level != "open")
         site = _Site(found, digest, where, config, meter)
         products = opening.enter_context(_products(site, on_notice))
         back = move(found, site.groups, products, weights)
@@ -247,10 +248,18 @@ def _temporary() -> Iterator[Path]:
         yield Path(name) / "map"
 
 
-def _exported(model: Any, found: Survey, directory: Path) -> tuple[str, FloatWeights]:  # noqa: ANN401
+def _exported(
+    model: Any,  # noqa: ANN401
+    found: Survey,
+    directory: Path,
+    *,
+    with_codes: bool,
+) -> tuple[str, FloatWeights]:
     """Write the linear map if it is not there; return the digest of the model's weights, and their copy, to read."""
     if directory.exists():
         digest = floats_digest(found.weights())
+    elif not with_codes:
+        digest = write_floats(found.weights(), directory)
     else:
         digest = write_map(found.weights(), _name(model), directory).source_digest
     weights = open_floats(directory)

@@ -176,14 +176,7 @@ def write_map(
         SetupError: ``out`` exists or cannot be written.
         WeightsError: a weight is infinite or not a number.
     """
-    total = 2 * sum(each.group.rows * each.group.in_features for each in matrices)
-    done = 0
-
-    def count(block: Tensor) -> None:
-        nonlocal done
-        done += block.numel()
-        on_progress(done / total)
-
+    count = _counting(matrices, 2, on_progress)
     with new_directory(out, "linear map") as target:
         for folder in (WORKER, FLOATS, ENCLAVE):
             (target / folder).mkdir()
@@ -206,6 +199,33 @@ def write_map(
         text = json.dumps(msgspec.to_builtins(manifest), indent=1)
         (target / ENCLAVE / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
+
+
+def write_floats(
+    matrices: Sequence[GroupWeights], out: Path, on_progress: Callable[[float], None] = lambda _done: None
+) -> str:
+    """Write a linear map's float weights alone, for a worker at `open`; return their digest.
+
+    Args and errors are those of ``write_map``.
+    """
+    with new_directory(out, "linear map") as target:
+        (target / FLOATS).mkdir()
+        return _write_floats(matrices, target / FLOATS / WEIGHTS, _counting(matrices, 1, on_progress))
+
+
+def _counting(
+    matrices: Sequence[GroupWeights], times: int, on_progress: Callable[[float], None]
+) -> Callable[[Tensor], None]:
+    """Return what is told of every block that is done, where each passes so many times."""
+    total = times * sum(each.group.rows * each.group.in_features for each in matrices)
+    done = 0
+
+    def count(block: Tensor) -> None:
+        nonlocal done
+        done += block.numel()
+        on_progress(done / total)
+
+    return count
 
 
 def _write_floats(matrices: Sequence[GroupWeights], path: Path, count: Callable[[Tensor], None]) -> str:
