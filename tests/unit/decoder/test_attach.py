@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from attached import answer_with, peer_of
+from hostile import HostileTransport
 
 import tsqp
 from benchmarks.any_decoder import build, logits
@@ -209,9 +210,14 @@ def test_a_directory_that_exists_is_not_written_to(directory: Path, tmp_path: Pa
 
 def test_a_model_that_is_forgotten_parts_from_its_worker(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peer = peer_of(directory, "open")
-    links: list[Any] = []
+    links: list[HostileTransport] = []
     link = peer.link
-    monkeypatch.setattr(peer, "link", lambda: links.append(link()) or links[-1])
+
+    def noted() -> HostileTransport:
+        links.append(link())
+        return links[-1]
+
+    monkeypatch.setattr(peer, "link", noted)
     model = build("Llama")
     attached: Attached | None = tsqp.attach(model, answer_with(peer, monkeypatch), "open", directory=directory)
     assert attached is not None
@@ -225,7 +231,7 @@ def test_importing_tsqp_alone_loads_no_torch() -> None:
     program = "import sys, tsqp; assert 'torch' not in sys.modules; tsqp.attach; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
     with pytest.raises(AttributeError, match="no attribute 'attached'"):
-        _ = tsqp.attached  # type: ignore[attr-defined]
+        _ = tsqp.attached
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,8 @@ class Source:
     def _answer(self, x_MK: Tensor) -> Tensor:
         if self.error:
             raise self.error
-        return x_MK @ WEIGHT_NK.T
+        y_MN: Tensor = x_MK @ WEIGHT_NK.T
+        return y_MN
 
     def abandon(self) -> None:
         self.abandoned += 1
@@ -54,7 +55,8 @@ def call(source: Source) -> GroupCall:
 
 
 def truth(x: Tensor, member: int) -> Tensor:
-    return (x.float() @ WEIGHT_NK.T).split(GROUP.out_features, dim=-1)[member]
+    part: Tensor = (x.float() @ WEIGHT_NK.T).split(GROUP.out_features, dim=-1)[member]
+    return part
 
 
 def check(call: GroupCall, x: Tensor, *members: int) -> None:
