@@ -107,6 +107,8 @@ class LinearMap:
 class FloatWeights(StackedGroups):
     """The float weights of a linear map. Opened with ``open_floats``."""
 
+    content = "weights"
+
     def __init__(self, directory: Path) -> None:
         path = directory / WEIGHTS
         header = read_header(path)

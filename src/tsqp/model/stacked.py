@@ -44,11 +44,14 @@ class StackedGroups:
         dtypes: what matrices may consist of.
 
     Attributes:
+        content: what the matrices are, for messages.
         groups: the linear groups in order. ``bias`` is False throughout: the enclave adds biases.
 
     Raises:
         WeightsError: a file is malformed.
     """
+
+    content = "codes"
 
     def __init__(
         self, directory: Path, files: Iterable[tuple[Path, Header, tuple[str, ...]]], dtypes: Iterable[torch.dtype]
@@ -87,7 +90,7 @@ class StackedGroups:
             WeightsError: no such group, or the matrix was changed.
         """
         if name not in self._files:
-            raise WeightsError(f"{self.directory} has no matrix of {name!r}.")
+            raise WeightsError(f"{self.directory} has no {self.content} of {name!r}.")
         path, header = self._files[name]
         matrix_NK, found = read_tensor(path, header.tensors[name])
         expected = self._labels[name].sha256

@@ -117,12 +117,13 @@ def test_a_map_of_other_weights_is_refused(directory: Path) -> None:
     assert_unchanged(model, before)
 
 
-def test_a_map_whose_codes_are_of_other_weights_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["enclave", "floats"])
+def test_a_map_with_a_part_of_another_is_refused(folder: str, tmp_path: Path) -> None:
     model, other = build("Llama"), tmp_path / "other"
     tsqp.export(build("Llama").to(torch.bfloat16), other)
     tsqp.export(model, tmp_path / "mixed")
-    for name in ("linears.json", "scales.safetensors"):
-        (tmp_path / "mixed/enclave" / name).write_bytes((other / "enclave" / name).read_bytes())
+    for path in (other / folder).iterdir():
+        (tmp_path / "mixed" / folder / path.name).write_bytes(path.read_bytes())
     with pytest.raises(WeightsError, match="the linear map of another model"):
         tsqp.attach(model, level="local", directory=tmp_path / "mixed")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -114,6 +115,14 @@ def test_another_tensor_in_the_same_place_is_another_input(call: GroupCall) -> N
         gc.collect()
 
 
+def test_equal_values_in_another_tensor_are_another_request(call: GroupCall, source: Source) -> None:
+    """Or a worker could tell by what it is not asked that an input has come again."""
+    x = some()
+    check(call, x, 0)
+    check(call, x.clone(), 1)
+    assert len(source.asked) == 2
+
+
 def test_inputs_are_not_kept_once_every_part_is_taken(call: GroupCall) -> None:
     x = some()
     kept = weakref.ref(x)
@@ -125,12 +134,20 @@ def test_inputs_are_not_kept_once_every_part_is_taken(call: GroupCall) -> None:
     assert kept() is None
 
 
-def test_threads_get_their_own_products(call: GroupCall) -> None:
-    wrong: list[int] = []
+class SlowCall(GroupCall):
+    """Leaves other threads time between an answer and its parts."""
+
+    def _ask(self, x: Tensor) -> None:
+        super()._ask(x)
+        time.sleep(0.005)
+
+
+def test_threads_get_their_own_products(source: Source) -> None:
+    call, wrong = SlowCall(GROUP, Products(source, nullcontext)), []
 
     def run(seed: int) -> None:
-        x = some(seed)
-        for _ in range(50):
+        for number in range(5):
+            x = some(10 * seed + number)
             wrong.extend(member for member in range(3) if not torch.allclose(call.part(member, x), truth(x, member)))
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
