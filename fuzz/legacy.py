@@ -8,7 +8,7 @@ from functools import cache
 import msgspec
 
 from fuzz import framing
-from fuzz.models import open_service
+from fuzz.models import open_linears, open_service
 from tsqp.errors import ProtocolError
 from tsqp.wire import legacy
 from tsqp.worker.legacy import LegacyDispatcher
@@ -37,8 +37,7 @@ def run(data: bytes) -> None:
 
 @cache
 def _dispatcher() -> LegacyDispatcher:
-    service = open_service()
-    return LegacyDispatcher(service.linears, service.state)
+    return LegacyDispatcher(open_linears(), open_service().state)
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

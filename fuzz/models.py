@@ -55,11 +55,15 @@ def packed() -> Path:
 
 
 @cache
+def open_linears() -> Linears:
+    """Return the model's weights in floats."""
+    return Linears(read_config(directory()), Checkpoint(directory()), torch.float32, torch.device("cpu"))
+
+
+@cache
 def open_service() -> OpenService:
     """Return a worker's products in floats."""
-    checkpoint = Checkpoint(directory())
-    linears = Linears(read_config(directory()), checkpoint, torch.float32, torch.device("cpu"))
-    return OpenService(linears, read_state(linears, checkpoint))
+    return OpenService(open_linears(), read_state(open_linears(), Checkpoint(directory())))
 
 
 @cache
@@ -76,5 +80,5 @@ def dealer_service() -> DealerService:
 
 def _codes() -> tuple[tuple[LinearGroup, ...], dict[str, Codes], torch.device]:
     codes = open_codes(packed())
-    groups = linear_groups(open_service().linears.config)
+    groups = linear_groups(open_linears().config)
     return groups, {group.name: lay_out(codes.read(group.name)) for group in groups}, torch.device("cpu")

@@ -47,7 +47,7 @@ def _directory() -> Path:
 
 @cache
 def _shapes() -> dict[str, tuple[int, ...]]:
-    return weight_shapes(models.open_service().linears.config)
+    return weight_shapes(models.open_linears().config)
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

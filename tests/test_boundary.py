@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,7 +15,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 # Neither side may reach the other, and what both share reaches neither.
 FORBIDDEN = {
     "tsqp.enclave": ("tsqp.worker",),
-    "tsqp.worker": ("tsqp.enclave", "tsqp.bench", "tsqp.cli", "tsqp.prefill"),
+    "tsqp.decoder": ("tsqp.worker", "tsqp.cli", "tsqp.serve"),
+    "tsqp.worker": ("tsqp.enclave", "tsqp.decoder", "tsqp.bench", "tsqp.cli", "tsqp.prefill"),
     "tsqp.wire": ("tsqp.enclave", "tsqp.worker"),
     "tsqp.transport": ("tsqp.enclave", "tsqp.worker"),
     "tsqp.model": ("tsqp.enclave", "tsqp.worker"),
@@ -57,12 +60,20 @@ def imported_names(module: str, source: str) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
+def run_on_import(module: str, source: str) -> str:
+    """Leave out of the package's own ``__init__`` what it loads when it is asked for by name, and no import runs."""
+    if module != "tsqp.__init__":
+        return source
+    body = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return ast.unparse(ast.Module(body=list(body), type_ignores=[]))
+
+
 def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
     """Map each module to the modules that importing it runs; packages are named ``package.__init__``."""
     graph: dict[str, set[str]] = {}
     for module, source in sources.items():
         graph[module] = set()
-        for name in imported_names(module, source):
+        for name in imported_names(module, run_on_import(module, source)):
             parts = name.split(".")
             prefixes = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
             graph[module] |= {known for prefix in prefixes for known in (prefix, f"{prefix}.__init__")} & set(sources)
@@ -131,6 +142,19 @@ def test_the_import_graph_sees_known_imports() -> None:
 
 def test_the_sides_of_the_boundary_do_not_import_each_other() -> None:
     assert violations(SOURCES) == []
+
+
+def test_no_worker_loads_what_the_package_gives_by_name() -> None:
+    """``tsqp.attach`` is loaded by ``tsqp`` itself, but only when it is asked for."""
+    program = (
+        "import sys, tsqp.worker.server, tsqp.worker.startup; "
+        "sys.exit(any(name.startswith(('tsqp.enclave', 'tsqp.decoder')) for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    imported = {"tsqp.__init__": "from tsqp import enclave"}
+    assert violations(EMPTY | imported | {"tsqp.worker.a": "import tsqp.errors", "tsqp.errors": ""}), (
+        "an import that does run counts"
+    )
 
 
 def shows(sources: Mapping[str, str], package: str) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,11 +24,86 @@ from tsqp.enclave.products import CheckedProducts, ExactWorker
 from tsqp.enclave.session import Expected, Session
 from tsqp.loaded import OnStep, Predict, Runnable, Stepper, cutting, shares_cores, step_groups, taking_turns
 from tsqp.meter import Meter
-from tsqp.model.architecture import linear_groups
+from tsqp.model.architecture import LinearGroup
 from tsqp.model.exact import ExactOps
 from tsqp.model.llama import Llama
+from tsqp.model.manifest import CodedModel
 from tsqp.model.packed import PackedEnclave
 from tsqp.wire.messages import Welcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedWorker:
+    """Products by a worker, each checked, and what keeps them going.
+
+    Attributes:
+        products: ask for them.
+        exact: the link.
+        welcome: what the worker said of itself.
+        pool: masks, at `masked`.
+        refill: what fills it in idle time.
+    """
+
+    products: CheckedProducts
+    exact: ExactWorker
+    welcome: Welcome
+    pool: MaskPool | None
+    refill: IdleRefill | None
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Do not fill the pool during a ``with`` block."""
+        return self.refill.paused() if self.refill else nullcontext()
+
+
+@contextmanager
+def checked_worker(  # noqa: PLR0913  who is met and how, and what is shared with others
+    model: CodedModel,
+    config: EnclaveConfig,
+    worker: Peer,
+    dealers: tuple[Peer, ...] | None,
+    *,
+    meter: Meter,
+    on_step: OnStep,
+    on_notice: Callable[[str], None],
+    kept: dict[str, Codes],
+) -> Iterator[CheckedWorker]:
+    """Meet who multiplies at `verified` or `masked`, for the time of a ``with`` block.
+
+    Every secret is drawn anew: vectors of the checks, mask keys, the pool.
+
+    Args:
+        model: whose products.
+        config: timeouts, masks, where the codes are.
+        worker: multiplies.
+        dealers: make masks; none for the enclave's own, None for `verified`.
+        meter: where costs are counted.
+        on_step: told the fraction done of a named step.
+        on_notice: told in a sentence what the user should know.
+        kept: this model's codes as far as they have been read, for masks by the enclave; what is missing is added.
+
+    Raises:
+        TsqpError: as loading or connecting does.
+    """
+    groups = model.groups
+    _check_settings(groups, config, worker, dealers, on_notice)
+    with ExitStack() as stack:
+        link = _WorkerLink(worker, config, model, meter)
+        exact = ExactWorker(link.open, {group.name: group for group in groups}, config.retries)
+        stack.callback(exact.close)
+        codes: CodesSource = DirectoryCodes(Path(config.codes)) if config.codes else StreamedCodes(exact.session)
+        checks = read_codes(
+            model.manifest,
+            codes,
+            kept if dealers == () else None,
+            on_progress=lambda done: on_step("reading the codes", done),
+        )
+        pool, refill = None, None
+        if dealers is not None:
+            source = stack.enter_context(_mask_source(model, config, dealers, checks, link))
+            pool = MaskPool(groups, source, MaskLedger(), config.mask_pool or 0, config.mask_memory, meter)
+            refill = stack.enter_context(closing(IdleRefill(pool, torch.get_num_threads(), meter)))
+        products = CheckedProducts(exact, checks.checkers, pool, meter)
+        yield CheckedWorker(products=products, exact=exact, welcome=link.welcomes[0], pool=pool, refill=refill)
 
 
 @contextmanager
@@ -44,47 +119,21 @@ def checked(
 ) -> Iterator[Runnable]:
     """Load `verified` or `masked` for the time of a ``with`` block.
 
-    Every secret is drawn anew: vectors of the checks, mask keys, the pool.
-
-    Args:
-        packed: the enclave's part of the model.
-        config: timeouts, masks, where the codes are.
-        worker: multiplies.
-        dealers: make masks; none for the enclave's own, None for `verified`.
-        on_step: told the fraction done of a named step.
-        on_notice: told in a sentence what the user should know.
-        kept: this model's codes as far as they have been read, for masks by the enclave; what is missing is added.
-
-    Raises:
-        TsqpError: as loading or connecting does.
+    Args and errors are those of ``checked_worker``, of a packed model.
     """
-    meter, groups = Meter(), linear_groups(packed.config)
-    _check_settings(packed, config, worker, dealers, on_notice)
-    with ExitStack() as stack:
-        link = _WorkerLink(worker, config, packed, meter)
-        exact = ExactWorker(link.open, {group.name: group for group in groups}, config.retries)
-        stack.callback(exact.close)
-        codes: CodesSource = DirectoryCodes(Path(config.codes)) if config.codes else StreamedCodes(exact.session)
-        checks = read_codes(
-            packed.manifest,
-            codes,
-            kept if dealers == () else None,
-            on_progress=lambda done: on_step("reading the codes", done),
-        )
-        pool, refill = None, None
-        if dealers is not None:
-            source = stack.enter_context(_mask_source(packed, config, dealers, checks, link))
-            pool = MaskPool(groups, source, MaskLedger(), config.mask_pool or 0, config.mask_memory, meter)
-            refill = stack.enter_context(closing(IdleRefill(pool, torch.get_num_threads(), meter)))
-        products = CheckedProducts(exact, checks.checkers, pool, meter)
-        llama = Llama(packed.config, ExactOps(packed, products, meter))
-        shared = shares_cores(worker, link.welcomes[0])
+    meter = Meter()
+    with checked_worker(
+        packed, config, worker, dealers, meter=meter, on_step=on_step, on_notice=on_notice, kept=kept
+    ) as found:
+        exact, refill = found.exact, found.refill
+        llama = Llama(packed.config, ExactOps(packed, found.products, meter))
+        shared = shares_cores(worker, found.welcome)
 
         stepper = Stepper(
             llama,
             groups=step_groups(config, shared_cores=shared),
-            pool=pool,
-            paused=refill.paused if refill else nullcontext,
+            pool=found.pool,
+            paused=found.paused,
             reopen=exact.open_again,
             lose=exact.lose,
             look=lambda: exact.look(config.connect_timeout_s),
@@ -94,14 +143,13 @@ def checked(
         yield _with_refill(loaded, refill) if refill else loaded
 
 
-def expected_worker(packed: PackedEnclave) -> Expected:
+def expected_worker(model: CodedModel) -> Expected:
     """Return what a worker must say that multiplies for an integer level."""
-    groups = linear_groups(packed.config)
-    return Expected(serves="exact", digest=packed.manifest.codes_digest, dtype="int8", groups=groups)
+    return Expected(serves="exact", digest=model.manifest.codes_digest, dtype="int8", groups=model.groups)
 
 
 def _check_settings(
-    packed: PackedEnclave,
+    groups: tuple[LinearGroup, ...],
     config: EnclaveConfig,
     worker: Peer,
     dealers: tuple[Peer, ...] | None,
@@ -109,7 +157,7 @@ def _check_settings(
 ) -> None:
     """Refuse what cannot work before anybody is met."""
     if dealers is not None:
-        check_pool_fits(linear_groups(packed.config), config.mask_pool or 0, config.mask_memory)
+        check_pool_fits(groups, config.mask_pool or 0, config.mask_memory)
     if dealers:
         check_dealers(worker, dealers, on_notice)
     slower = native.notice()
@@ -120,10 +168,10 @@ def _check_settings(
 class _WorkerLink:
     """How the link to a worker is opened, the first time and when it was lost; who was met is noted."""
 
-    def __init__(self, worker: Peer, config: EnclaveConfig, packed: PackedEnclave, meter: Meter) -> None:
+    def __init__(self, worker: Peer, config: EnclaveConfig, model: CodedModel, meter: Meter) -> None:
         self.welcomes: list[Welcome] = []
         self._worker, self._config, self._meter = worker, config, meter
-        self._expected = expected_worker(packed)
+        self._expected = expected_worker(model)
 
     def open(self) -> Session:
         """Connect; a worker that was there before has some time to come back."""
@@ -136,13 +184,13 @@ class _WorkerLink:
 
 @contextmanager
 def _mask_source(
-    packed: PackedEnclave, config: EnclaveConfig, dealers: tuple[Peer, ...], checks: Checks, link: _WorkerLink
+    model: CodedModel, config: EnclaveConfig, dealers: tuple[Peer, ...], checks: Checks, link: _WorkerLink
 ) -> Iterator[MaskSource]:
     if not dealers:
-        yield EnclaveMasks(linear_groups(packed.config), checks.codes, torch.get_num_threads())
+        yield EnclaveMasks(model.groups, checks.codes, torch.get_num_threads())
         return
     seen = {welcome.instance: "the worker" for welcome in link.welcomes}
-    with met_dealers(dealers, config, packed.config, packed.manifest.codes_digest, seen) as source:
+    with met_dealers(dealers, config, model.groups, model.manifest.codes_digest, seen) as source:
         yield source
 
 

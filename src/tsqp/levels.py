@@ -114,7 +114,7 @@ def runnable(
         else:
             if model.packed is None:
                 raise InputError("the integer levels need a packed model.")
-            dealers = _dealers(config, level, wrap)
+            dealers = masking_dealers(config, level, wrap)
             with checked(model.packed, config, worker, dealers, on_step, on_notice, kept=model.codes) as loaded:
                 yield loaded
 
@@ -153,7 +153,7 @@ def check_peers(level: str, config: EnclaveConfig) -> None:
         TsqpError: as ``runnable`` does for them.
     """
     worker = worker_peer(config, level, None)
-    dealers = _dealers(config, level, None)
+    dealers = masking_dealers(config, level, None)
     if dealers:
         check_dealers(worker, dealers, lambda _sentence: None)
 
@@ -204,7 +204,7 @@ def _own_key(config: EnclaveConfig) -> KeyPair | None:
     return load_secret(config.own_key)
 
 
-def _dealers(config: EnclaveConfig, level: str, wrap: Callable[[str], Wrap] | None) -> tuple[Peer, ...] | None:
+def masking_dealers(config: EnclaveConfig, level: str, wrap: Callable[[str], Wrap] | None) -> tuple[Peer, ...] | None:
     """Return the dealers of a `masked` run, none for the enclave's own masks; None where nothing is masked."""
     if level != "masked":
         return None

@@ -134,6 +134,26 @@ class PackReport(Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+class ExportReport(Struct, frozen=True, kw_only=True):
+    """``tsqp export``. Sizes in bytes; ``stayed`` says why, by module.
+
+    A worker of ``floats/`` announces ``source_digest``, one of ``worker/`` ``codes_digest``.
+    """
+
+    model: str
+    out: str
+    dtype: str
+    source_digest: str
+    codes_digest: str
+    manifest_digest: str
+    groups: int
+    moved: list[str]
+    stayed: dict[str, str]
+    worker_bytes: int
+    floats_bytes: int
+    seconds: float
+
+
 class SizePart(Struct, frozen=True, kw_only=True):
     """What one part of an enclave takes."""
 
@@ -281,6 +301,7 @@ REPORTS = (
     VerifyReport,
     PrefillReport,
     PackReport,
+    ExportReport,
     SizeReport,
     DoctorReport,
     BenchReport,

@@ -143,8 +143,7 @@ ANNOUNCED = [bytes([kind]) + b"\xff" * 4 for kind in (0xC6, 0xDB, 0xDD, 0xDF)]
 
 @pytest.mark.parametrize("announced", ANNOUNCED, ids=["bin", "str", "array", "map"])
 def test_lengths_that_are_announced_are_not_allocated(dispatchers: tuple[Dispatcher, ...], announced: bytes) -> None:
-    service = models.open_service()
-    legacy = LegacyDispatcher(service.linears, service.state)
+    legacy = LegacyDispatcher(models.open_linears(), models.open_service().state)
     starts = (
         b"",
         b"\x82\xa6method\xa7Forward\xa7request",
@@ -161,8 +160,7 @@ def test_lengths_that_are_announced_are_not_allocated(dispatchers: tuple[Dispatc
 
 
 def test_shapes_of_the_first_protocol_are_not_allocated() -> None:
-    service = models.open_service()
-    legacy = LegacyDispatcher(service.linears, service.state)
+    legacy = LegacyDispatcher(models.open_linears(), models.open_service().state)
     for shape in itertools.product(HUGE, HUGE):
         body = {"module_name": "lm_head", "input_buffer": b"", "input_shape": list(shape), "dtype": "float32"}
         frame = msgspec.msgpack.encode({"method": "Forward", "request": body})

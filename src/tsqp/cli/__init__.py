@@ -9,6 +9,7 @@ from tsqp.cli.bench import bench
 from tsqp.cli.dealer import dealer
 from tsqp.cli.demo import demo
 from tsqp.cli.doctor import doctor
+from tsqp.cli.export import export
 from tsqp.cli.generate import generate
 from tsqp.cli.keys import keys
 from tsqp.cli.pack import pack
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (worker, dealer, prefill, generate, serve, verify, demo, top, pack, size, audit, doctor):
+for command in (worker, dealer, prefill, generate, serve, verify, demo, top, pack, export, size, audit, doctor):
     app.command()(command)
 for group in (keys, bench):
     app.add_typer(group)

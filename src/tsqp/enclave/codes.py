@@ -21,7 +21,7 @@ from tsqp.arith.ring import Codes, lay_out
 from tsqp.enclave.freivalds import Checker
 from tsqp.enclave.session import Session
 from tsqp.errors import IntegrityError
-from tsqp.model.manifest import Manifest, PackedGroup
+from tsqp.model.manifest import CodesManifest, PackedGroup
 from tsqp.model.packed import open_codes
 from tsqp.wire import codec, messages
 from tsqp.wire.messages import TensorSpec
@@ -96,7 +96,7 @@ class Checks:
 
 @torch.inference_mode()
 def read_codes(
-    manifest: Manifest,
+    manifest: CodesManifest,
     source: CodesSource,
     kept: dict[str, Codes] | None = None,
     on_progress: Callable[[float], None] = lambda _done: None,

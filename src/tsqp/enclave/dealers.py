@@ -10,7 +10,7 @@ from tsqp.enclave.connect import Peer, meet
 from tsqp.enclave.mask_sources import DealerMasks, MaskSource, SummedMasks
 from tsqp.enclave.session import Expected
 from tsqp.errors import ConfigError
-from tsqp.model.architecture import LlamaConfig, linear_groups
+from tsqp.model.architecture import LinearGroup
 from tsqp.tee import tee_name
 from tsqp.transport.keys import KeyPair
 from tsqp.transport.urls import parse
@@ -82,14 +82,18 @@ def dealer_peers(
 
 @contextmanager
 def met_dealers(
-    dealers: tuple[Peer, ...], config: EnclaveConfig, architecture: LlamaConfig, digest: str, seen: Mapping[str, str]
+    dealers: tuple[Peer, ...],
+    config: EnclaveConfig,
+    groups: tuple[LinearGroup, ...],
+    digest: str,
+    seen: Mapping[str, str],
 ) -> Iterator[MaskSource]:
     """Connect to dealers for the time of a ``with`` block; masks are the sums of theirs.
 
     Args:
         dealers: at least one; ``check_dealers`` has passed.
         config: timeouts.
-        architecture: the model's architecture.
+        groups: the model's linear groups, in order.
         digest: of its codes.
         seen: instances of other peers, with what they are called.
 
@@ -97,7 +101,6 @@ def met_dealers(
         ConfigError: two of the addresses lead to one process.
         TsqpError: as ``meet``.
     """
-    groups = linear_groups(architecture)
     expected = Expected(serves="masks", digest=digest, dtype="int8", groups=groups)
     instances = dict(seen)
     sources = []

@@ -18,7 +18,7 @@ from tsqp.arith.chain_kernel import ChainKernel
 from tsqp.errors import InputError
 from tsqp.model.architecture import LinearGroup, chain_name, chains, norm_before
 from tsqp.model.layers import rms_norm, swiglu
-from tsqp.model.linears import Linears, bound_result, memory_errors
+from tsqp.model.linears import FloatGroups, Linears, bound_result, memory_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +62,22 @@ class Chain:
 
 
 class LinearChains:
-    """All chains of a model.
+    """All chains of a model: of a LLaMA; of other groups it is not known what comes between them.
 
     Args:
         linears: the model's large weights.
         state: its norm weights by checkpoint name, float32. Chains with a norm that is not among them are left out.
     """
 
-    def __init__(self, linears: Linears, state: dict[str, Tensor]) -> None:
+    def __init__(self, linears: FloatGroups, state: dict[str, Tensor]) -> None:
         self._linears = linears
         self._chains: dict[tuple[str, ...], Chain] = {}
+        if isinstance(linears, Linears):
+            self._eps = linears.config.rms_norm_eps
+            self._find_all(linears, state)
+        self.by_name = {chain.name: chain for chain in self._chains.values()}
+
+    def _find_all(self, linears: Linears, state: dict[str, Tensor]) -> None:
         for names in chains(linears.config):
             norms = [norm for name in names if (norm := norm_before(name))]
             if state.keys() >= set(norms):
@@ -79,7 +85,6 @@ class LinearChains:
                 norm_D, next_norm_D = (state[norm].to(linears.device) for norm in norms)
                 kernel = linears.chain_kernel(names, norm_D, next_norm_D)
                 self._chains[names] = Chain(groups, norm_D, next_norm_D, kernel)
-        self.by_name = {chain.name: chain for chain in self._chains.values()}
 
     def find(self, names: tuple[str, ...]) -> Chain:
         """Return the chain of some groups.
@@ -140,10 +145,9 @@ class LinearChains:
 
     def _normed(self, x_MD: Tensor, norm_D: Tensor) -> Tensor:
         """Return the norm, float32: on the CPU with the bits that the enclave computes for itself."""
-        eps = self._linears.config.rms_norm_eps
         if x_MD.is_cpu:
-            return rms_norm(x_MD, norm_D, eps)
-        return functional.rms_norm(x_MD, norm_D.shape, norm_D, eps)
+            return rms_norm(x_MD, norm_D, self._eps)
+        return functional.rms_norm(x_MD, norm_D.shape, norm_D, self._eps)
 
     @staticmethod
     def _activated(gate_up_ME: Tensor) -> Tensor:

@@ -68,7 +68,54 @@ class LocalProducts:
             return y_MN if scaling is None else dequantize(y_MN, scaling, y_MN.view(torch.float32))
 
 
-class ExactOps:
+class GroupScales(Protocol):
+    """What turns products with a model's codes into real ones, by group."""
+
+    @property
+    def largest_norms(self) -> Mapping[str, float]:
+        """B, the largest Euclidean norm of a row of codes."""
+
+    @property
+    def scales(self) -> Mapping[str, Tensor]:
+        """Of the output channels, float32, shape (N,)."""
+
+    @property
+    def biases(self) -> Mapping[str, Tensor]:
+        """Of groups whose biases are added with their products, float32, shape (N,)."""
+
+
+class ExactLinears:
+    """Linear groups with exact products.
+
+    Args:
+        scales: of their codes.
+        products: who multiplies.
+        meter: where the time of quantising is counted.
+    """
+
+    def __init__(self, scales: GroupScales, products: Products, meter: Meter) -> None:
+        self._scales, self._biases, self._norms = scales.scales, scales.biases, scales.largest_norms
+        self._products = products
+        self._meter = meter
+
+    def linear(self, group: str, x_MK: Tensor) -> Pending:
+        """See ``LinearOps.linear``.
+
+        Raises:
+            InputError: an activation is infinite or not a number.
+            IntegrityError: a product was wrong; when it is collected.
+        """
+        with self._meter.span("quantise"):
+            xq_MK, scale_M1 = quantize_activations(x_MK, self._norms[group])
+        scaling = Scaling(scale_M1, self._scales[group], self._biases.get(group))
+        return self._products.start(group, xq_MK, scaling)
+
+    def abandon(self) -> None:
+        """See ``LinearOps.abandon``."""
+        self._products.abandon()
+
+
+class ExactOps(ExactLinears):
     """A packed model's linear layers with exact products.
 
     Args:
@@ -78,10 +125,8 @@ class ExactOps:
     """
 
     def __init__(self, packed: PackedEnclave, products: Products, meter: Meter) -> None:
+        super().__init__(packed, products, meter)
         self._packed = packed
-        self._products = products
-        self._norms = packed.largest_norms
-        self._meter = meter
 
     def embedding(self, ids_M: Tensor) -> Pending:
         """See ``LinearOps.embedding``. Always looked up here: a token id cannot be masked."""
@@ -93,24 +138,8 @@ class ExactOps:
             raise InputError(f"a token id lies outside the vocabulary of {vocabulary}.")
         return self._packed.embedding_VD[ids_M].float()
 
-    def linear(self, group: str, x_MK: Tensor) -> Pending:
-        """See ``LinearOps.linear``.
-
-        Raises:
-            InputError: an activation is infinite or not a number.
-            IntegrityError: a product was wrong; when it is collected.
-        """
-        with self._meter.span("quantise"):
-            xq_MK, scale_M1 = quantize_activations(x_MK, self._norms[group])
-        scaling = Scaling(scale_M1, self._packed.scales[group], self._packed.biases.get(group))
-        return self._products.start(group, xq_MK, scaling)
-
     def linear_chain(self, groups: tuple[str, ...], x_MK: Tensor, residual_MD: Tensor) -> None:
         """See ``LinearOps.linear_chain``: a product must be checked before anything is made of it."""
-
-    def abandon(self) -> None:
-        """See ``LinearOps.abandon``."""
-        self._products.abandon()
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """See ``LinearOps.matmul``. Both operands are secret, so nobody else is asked."""

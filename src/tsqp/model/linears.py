@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -101,104 +101,64 @@ def product(x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     return functional.linear(x_MK, w_NK, bias_N)
 
 
-class Linears:
-    """Embedding table and stacked group weights of one model, in one dtype on one device.
+class FloatGroups:
+    """Stacked weights of linear groups, in one dtype on one device, held once: in the layout of what computes them.
 
-    Weights are held once: in the layout of what computes them, panels or oneDNN's, but for a head that oneDNN computes,
-    which is plain. A tied head is the embedding table. Products of one member of several (the first published
-    protocol) need a plain copy of their group's weights, made on first use.
+    Products of one member of several (the first published protocol) need a plain copy of their group's weights, made on
+    first use.
 
     Args:
-        config: the model's architecture.
-        checkpoint: its weights.
+        groups: in the order in which a forward pass uses them.
         dtype: float32, float16 or bfloat16.
         device: where products are computed.
-        on_progress: called with the fraction loaded.
-        share: which rows of each group to load, and to multiply by. The first rank has the embedding table too, all of
-            it and beside its rows of a tied head; the others have none.
-
-    Raises:
-        WeightsError: a tensor is missing or has another shape.
-        DeviceMemoryError: the device cannot hold the weights.
+        share: which rows of each group to load, and to multiply by.
     """
 
     def __init__(
-        self,
-        config: LlamaConfig,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        on_progress: Callable[[float], None] | None = None,
-        share: Share = WHOLE,
+        self, groups: Iterable[LinearGroup], dtype: torch.dtype, device: torch.device, share: Share = WHOLE
     ) -> None:
-        checkpoint.require(weight_shapes(config))
-        self.config, self.dtype, self.device, self.share = config, dtype, device, share
-        self.groups = {group.name: group for group in linear_groups(config)}
+        self.dtype, self.device, self.share = dtype, device, share
+        self.groups = {group.name: group for group in groups}
         self._kernels = panels.kernels_for(dtype, device)
         self._panels: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
         self._plain: dict[str, Tensor] = {}
-        self._embedding_VD: Tensor | None = None
-        with memory_errors("loading", device), torch.inference_mode():
-            if share.rank == 0:
-                self._load_embedding(checkpoint)
-            scratch = self._scratch()
-            # The head first: the copy that its panels are made from is large, and not wanted when all else is there.
-            for done, group in enumerate(sorted(self.groups.values(), key=lambda group: group.name != "head")):
-                self._load(group, checkpoint, scratch)
-                if on_progress:
-                    on_progress((done + 1) / len(self.groups))
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-    def _scratch(self) -> Tensor | None:
-        """Allocate room for the largest group that is packed, once: freed piece by piece it would fragment the heap."""
-        if not self._kernels and not (self.device.type == "cpu" and onednn_computes(self.dtype)):
-            return None
-        return self._empty(
-            max(len(self.rows(group)) * group.in_features for group in self.groups.values() if group.name != "head")
-        )
 
     def rows(self, group: LinearGroup) -> range:
         """Return which of a group's rows are here."""
         return self.share.of(group.rows)
 
-    def _load_embedding(self, checkpoint: Checkpoint) -> None:
-        """Read the embedding table, as rows, or as the panels of a tied head."""
-        table_VD = self._empty(self.config.vocab_size, self.config.hidden_size)
-        checkpoint.read_into(f"{EMBEDDING_MODULE}.weight", table_VD)
-        self._embedding_VD = table_VD
-        if not self.config.tied_head or not self.share.is_whole:
-            return
-        if self._kernels:
-            self._panels["head"] = panels.lay_out(table_VD)
-            self._embedding_VD = None
-        else:
-            self._weights["head"] = table_VD
+    @property
+    def _copies(self) -> bool:
+        """Whether weights are laid out anew, so that what they were read into is free again."""
+        return self._kernels is not None or (self.device.type == "cpu" and onednn_computes(self.dtype))
 
-    def _load(self, group: LinearGroup, checkpoint: Checkpoint, scratch: Tensor | None) -> None:
-        tied = group.name == "head" and self.config.tied_head
-        if tied and self.share.is_whole:
-            return
-        rows = self.rows(group)
-        shape = (len(rows), group.in_features)
-        if group.name == "head":
-            scratch = None
-        weight_NK = self._empty(*shape) if scratch is None else scratch[: math.prod(shape)].view(shape)
-        for member, some, place in parts(group, rows):
-            checkpoint.read_into(f"{EMBEDDING_MODULE if tied else member}.weight", weight_NK[place], some)
+    def _hold(self, name: str, weight_NK: Tensor, *, plain: bool) -> None:
+        """Keep a group's weights: in panels, in oneDNN's layout, or ``plain`` as they are where PyTorch multiplies."""
         if self._kernels:
-            self._panels[group.name] = panels.lay_out(weight_NK)
-        elif scratch is None:
-            self._weights[group.name] = weight_NK
+            self._panels[name] = panels.lay_out(weight_NK)
         else:
-            self._weights[group.name] = _onednn_layout(weight_NK)
-        if group.bias:
-            bias_N = self._biases[group.name] = self._empty(len(rows))
-            for member, some, place in parts(group, rows):
-                checkpoint.read_into(f"{member}.bias", bias_N[place], some)
+            self._weights[name] = weight_NK if plain else _onednn_layout(weight_NK)
+
+    @torch.inference_mode()
+    def fill(self, read: Callable[[str], Tensor], on_progress: Callable[[float], None] = lambda _done: None) -> None:
+        """Load every group.
+
+        Args:
+            read: gives a group's weights by its name, shape (N, K), in memory that nobody else uses.
+            on_progress: called with the fraction loaded.
+
+        Raises:
+            DeviceMemoryError: the device cannot hold them; and what ``read`` raises.
+        """
+        for done, name in enumerate(self.groups):
+            with memory_errors("loading", self.device):
+                self._hold(name, read(name).to(self.device, self.dtype), plain=not self._copies)
+            on_progress((done + 1) / len(self.groups))
 
     @torch.inference_mode()
     def linear(self, name: str, x_MK: Tensor, member: int | None = None) -> Tensor:
@@ -259,16 +219,6 @@ class Linears:
         bound_result((shape[0], group.rows))
         return group
 
-    def chain_kernel(self, names: Sequence[str], norm_D: Tensor, next_norm_D: Tensor) -> ChainKernel | None:
-        """Return what computes a chain of groups natively, with the norms within; None if PyTorch does."""
-        if not self._kernels:
-            return None
-        o, gate_up, down, following = (
-            Weights(self._panels[name], self._biases.get(name), self.groups[name].rows) for name in names
-        )
-        weights = ChainWeights(o, norm_D, gate_up, down, next_norm_D, following)
-        return ChainKernel(self._kernels, weights, self.config.rms_norm_eps)
-
     def laid_out(self, name: str) -> Tensor | None:
         """Return a group's weights as they are multiplied, to read ahead; None where only oneDNN knows how they lie."""
         weights = self._panels.get(name)
@@ -286,6 +236,113 @@ class Linears:
             return panels.plain(self._panels[name], self.groups[name].rows)
         weight = self._weights[name]
         return weight.to_dense() if weight.layout is not torch.strided else weight
+
+    @torch.inference_mode()
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply two activations, shapes (..., M, K) and (..., K, N), in their own dtype on this device.
+
+        Raises:
+            InputError: the shapes or dtypes do not go together.
+        """
+        if not (a.ndim == b.ndim >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]):  # noqa: PLR2004
+            raise InputError(f"matmul of shapes {list(a.shape)} and {list(b.shape)}: inner sizes must agree.")
+        if a.dtype != b.dtype or not a.is_floating_point():
+            raise InputError(f"matmul of {a.dtype} and {b.dtype}: both must be of one float dtype.")
+        if not a.numel() or not b.numel():
+            raise InputError(f"matmul of shapes {list(a.shape)} and {list(b.shape)}: an operand is empty.")
+        bound_result((*a.shape[:-1], b.shape[-1]))
+        with memory_errors("matmul", self.device):
+            return torch.matmul(a.to(self.device), b.to(self.device))
+
+
+class Linears(FloatGroups):
+    """Embedding table and stacked group weights of one LLaMA, in one dtype on one device.
+
+    Weights are held once: in the layout of what computes them, panels or oneDNN's, but for a head that oneDNN computes,
+    which is plain. A tied head is the embedding table.
+
+    Args:
+        config: the model's architecture.
+        checkpoint: its weights.
+        dtype: float32, float16 or bfloat16.
+        device: where products are computed.
+        on_progress: called with the fraction loaded.
+        share: which rows of each group to load, and to multiply by. The first rank has the embedding table too, all of
+            it and beside its rows of a tied head; the others have none.
+
+    Raises:
+        WeightsError: a tensor is missing or has another shape.
+        DeviceMemoryError: the device cannot hold the weights.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[float], None] | None = None,
+        share: Share = WHOLE,
+    ) -> None:
+        checkpoint.require(weight_shapes(config))
+        super().__init__(linear_groups(config), dtype, device, share)
+        self.config = config
+        self._embedding_VD: Tensor | None = None
+        with memory_errors("loading", device), torch.inference_mode():
+            if share.rank == 0:
+                self._load_embedding(checkpoint)
+            scratch = self._scratch()
+            # The head first: the copy that its panels are made from is large, and not wanted when all else is there.
+            for done, group in enumerate(sorted(self.groups.values(), key=lambda group: group.name != "head")):
+                self._load(group, checkpoint, scratch)
+                if on_progress:
+                    on_progress((done + 1) / len(self.groups))
+
+    def _scratch(self) -> Tensor | None:
+        """Allocate room for the largest group that is packed, once: freed piece by piece it would fragment the heap."""
+        if not self._copies:
+            return None
+        return self._empty(
+            max(len(self.rows(group)) * group.in_features for group in self.groups.values() if group.name != "head")
+        )
+
+    def _load_embedding(self, checkpoint: Checkpoint) -> None:
+        """Read the embedding table, as rows, or as the panels of a tied head."""
+        table_VD = self._empty(self.config.vocab_size, self.config.hidden_size)
+        checkpoint.read_into(f"{EMBEDDING_MODULE}.weight", table_VD)
+        self._embedding_VD = table_VD
+        if not self.config.tied_head or not self.share.is_whole:
+            return
+        self._hold("head", table_VD, plain=True)
+        if self._kernels:
+            self._embedding_VD = None
+
+    def _load(self, group: LinearGroup, checkpoint: Checkpoint, scratch: Tensor | None) -> None:
+        tied = group.name == "head" and self.config.tied_head
+        if tied and self.share.is_whole:
+            return
+        rows = self.rows(group)
+        shape = (len(rows), group.in_features)
+        if group.name == "head":
+            scratch = None
+        weight_NK = self._empty(*shape) if scratch is None else scratch[: math.prod(shape)].view(shape)
+        for member, some, place in parts(group, rows):
+            checkpoint.read_into(f"{EMBEDDING_MODULE if tied else member}.weight", weight_NK[place], some)
+        self._hold(group.name, weight_NK, plain=scratch is None)
+        if group.bias:
+            bias_N = self._biases[group.name] = self._empty(len(rows))
+            for member, some, place in parts(group, rows):
+                checkpoint.read_into(f"{member}.bias", bias_N[place], some)
+
+    def chain_kernel(self, names: Sequence[str], norm_D: Tensor, next_norm_D: Tensor) -> ChainKernel | None:
+        """Return what computes a chain of groups natively, with the norms within; None if PyTorch does."""
+        if not self._kernels:
+            return None
+        o, gate_up, down, following = (
+            Weights(self._panels[name], self._biases.get(name), self.groups[name].rows) for name in names
+        )
+        weights = ChainWeights(o, norm_D, gate_up, down, next_norm_D, following)
+        return ChainKernel(self._kernels, weights, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def embedding(self, ids_M: Tensor) -> Tensor:
@@ -311,23 +368,6 @@ class Linears:
             if self._embedding_VD is None:
                 return panels.rows(self._panels["head"], index_M)
             return self._embedding_VD.index_select(0, index_M)
-
-    @torch.inference_mode()
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """Multiply two activations, shapes (..., M, K) and (..., K, N), in their own dtype on this device.
-
-        Raises:
-            InputError: the shapes or dtypes do not go together.
-        """
-        if not (a.ndim == b.ndim >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2]):  # noqa: PLR2004
-            raise InputError(f"matmul of shapes {list(a.shape)} and {list(b.shape)}: inner sizes must agree.")
-        if a.dtype != b.dtype or not a.is_floating_point():
-            raise InputError(f"matmul of {a.dtype} and {b.dtype}: both must be of one float dtype.")
-        if not a.numel() or not b.numel():
-            raise InputError(f"matmul of shapes {list(a.shape)} and {list(b.shape)}: an operand is empty.")
-        bound_result((*a.shape[:-1], b.shape[-1]))
-        with memory_errors("matmul", self.device):
-            return torch.matmul(a.to(self.device), b.to(self.device))
 
 
 def bound_result(shape: tuple[int, ...]) -> None:

@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
 from msgspec import Meta, Struct
 
 from tsqp.errors import WeightsError
+from tsqp.model.architecture import LinearGroup
 from tsqp.model.reading import reading
 from tsqp.model.tensor_file import read_small
 
@@ -20,6 +21,8 @@ FORMAT: Final = "tsqp-packed-1"
 WORKER, ENCLAVE = "worker", "enclave"
 MANIFEST, CONFIG, TOKENIZER = "manifest.json", "config.json", "tokenizer.json"
 STATE, EMBEDDING, HEAD = "state.safetensors", "embedding.safetensors", "head.safetensors"
+# Of a linear map (model/linear_map.py): all its codes.
+CODES: Final = "codes.safetensors"
 WEIGHTS_RULE: Final = "int8, symmetric, one scale per output channel"
 ACTIVATIONS_RULE: Final = "one scale per token, ||x|| B / (2^31-1 - B sqrt(K)/2)"
 
@@ -51,28 +54,16 @@ class Quantisation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     activations: Literal["one scale per token, ||x|| B / (2^31-1 - B sqrt(K)/2)"] = ACTIVATIONS_RULE
 
 
-class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``enclave/manifest.json``: what a packed model consists of.
+class CodesManifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What any model in int8 consists of: its name, where it came from, and the groups of its codes in order."""
 
-    ``groups`` follow ``architecture.linear_groups``; ``files`` gives the SHA-256 of every other file in ``enclave/``;
-    ``source_digest`` is the model digest of the float weights.
-    """
-
-    format: Literal["tsqp-packed-1"] = FORMAT
     model: Name
     source_digest: Sha256
     quantisation: Quantisation
     groups: Annotated[tuple[PackedGroup, ...], Meta(min_length=1)]
-    files: dict[Name, Sha256]
 
     def __post_init__(self) -> None:
         """Check what types cannot say; msgspec turns a ValueError into a ValidationError while decoding."""
-        for name in self.files:
-            if Path(name).name != name or name in (MANIFEST, ".", ".."):
-                raise ValueError(f"{name!r} is no file name inside {ENCLAVE}/")
-        for name in (CONFIG, STATE, EMBEDDING):
-            if name not in self.files:
-                raise ValueError(f"{name} is not among its files")
         for group in self.groups:
             # B of the largest codes, and the rounding up of ``largest_norm``.
             if group.largest_norm > MAX_CODE * math.sqrt(group.in_features) * (1 + 1e-15):
@@ -90,6 +81,39 @@ class Manifest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+class Manifest(CodesManifest, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``enclave/manifest.json``: what a packed model consists of.
+
+    ``groups`` follow ``architecture.linear_groups``; ``files`` gives the SHA-256 of every other file in ``enclave/``;
+    ``source_digest`` is the model digest of the float weights.
+    """
+
+    files: dict[Name, Sha256]
+    format: Literal["tsqp-packed-1"] = FORMAT
+
+    def __post_init__(self) -> None:
+        """Check what types cannot say, of the files too."""
+        super().__post_init__()
+        for name in self.files:
+            if Path(name).name != name or name in (MANIFEST, ".", ".."):
+                raise ValueError(f"{name!r} is no file name inside {ENCLAVE}/")
+        for name in (CONFIG, STATE, EMBEDDING):
+            if name not in self.files:
+                raise ValueError(f"{name} is not among its files")
+
+
+class CodedModel(Protocol):
+    """What the enclave needs to know of a model whose codes a worker has."""
+
+    @property
+    def manifest(self) -> CodesManifest:
+        """Digests and norms of the codes."""
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linear groups, in the manifest's order."""
+
+
 def codes_digest(groups: Iterable[tuple[str, int, int, str]]) -> str:
     """Return the digest of a model's codes, 64 hexadecimal digits.
 
@@ -103,13 +127,14 @@ def codes_digest(groups: Iterable[tuple[str, int, int, str]]) -> str:
 
 
 def is_packed(directory: Path) -> bool:
-    """Tell whether a directory is a packed model, or one side of it: its ``enclave/`` or its ``worker/``."""
+    """Tell whether a directory is a packed model or a linear map, or one side of it: ``enclave/`` or ``worker/``."""
     with reading(directory):
         if (directory / ENCLAVE / MANIFEST).is_file() or any((directory / WORKER).glob("*.safetensors")):
             return True
         if (directory / MANIFEST).is_file() and (directory / STATE).is_file():
             return True
-        return (directory / HEAD).is_file() and not (directory / CONFIG).exists()
+        found = (directory / HEAD).is_file() or (directory / CODES).is_file()
+        return found and not (directory / CONFIG).exists()
 
 
 def enclave_directory(directory: Path) -> Path:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -34,7 +35,8 @@ from tsqp.model.manifest import (
     Quantisation,
     layer_file,
 )
-from tsqp.model.packed import EMBEDDING_TENSOR, LAYER_PARTS, GroupLabel, state_shapes
+from tsqp.model.packed import EMBEDDING_TENSOR, LAYER_PARTS, state_shapes
+from tsqp.model.stacked import label
 from tsqp.model.tensor_file import TensorFileWriter, bytes_of, file_digest
 from tsqp.model.weights import INDEX_NAME, Checkpoint
 
@@ -54,7 +56,8 @@ TOKENIZER_FILES = (
 )
 _LICENCE_STEMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
-_NO_DIGEST = "0" * 64
+# Keeps room for the digest of what is still to be written.
+NO_DIGEST = "0" * 64
 _DIGEST_SHARE = 0.3
 _MAX_NAME = 256
 
@@ -81,6 +84,19 @@ def pack(
         WeightsError: the model is incomplete or damaged.
         UnsupportedModelError: TSQP does not run the model.
     """
+    with new_directory(out, "packed model") as target:
+        (target / WORKER).mkdir()
+        (target / ENCLAVE).mkdir()
+        return _Packer(source, target, on_progress).run(name, licences)
+
+
+@contextmanager
+def new_directory(out: Path, what: str) -> Iterator[Path]:
+    """Yield a directory to write to, which becomes ``out`` at the end of a ``with`` block, complete or absent.
+
+    Raises:
+        SetupError: ``out`` exists or cannot be written; what was written is removed.
+    """
     refuse_existing(out)
     partial = None
     try:
@@ -88,17 +104,15 @@ def pack(
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
         # Made inside, so that it has the permissions any directory gets; mkdtemp's own are for this user alone.
         target = partial / "packed"
-        for directory in (target, target / WORKER, target / ENCLAVE):
-            directory.mkdir()
-        manifest = _Packer(source, target, on_progress).run(name, licences)
+        target.mkdir()
+        yield target
         refuse_existing(out)
         target.rename(out)
     except OSError as error:
-        raise SetupError(f"cannot write the packed model to {out}: {error.strerror or error}.") from error
+        raise SetupError(f"cannot write the {what} to {out}: {error.strerror or error}.") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-    return manifest
 
 
 def refuse_existing(out: Path) -> None:
@@ -157,7 +171,7 @@ class _Packer:
         groups = self._write_worker()
         self._write_enclave(licences)
         manifest = Manifest(
-            model=_printable(name),
+            model=printable_name(name),
             source_digest=digest,
             quantisation=Quantisation(),
             groups=tuple(groups),
@@ -178,9 +192,9 @@ class _Packer:
 
     def _write_codes(self, path: Path, groups: list[LinearGroup]) -> list[PackedGroup]:
         shapes = {group.name: (torch.int8, (group.rows, group.in_features)) for group in groups}
-        with TensorFileWriter(path, shapes, {group.name: _label(group, _NO_DIGEST) for group in groups}) as file:
+        with TensorFileWriter(path, shapes, {group.name: label(group, NO_DIGEST) for group in groups}) as file:
             packed = [self._write_group(group, file) for group in groups]
-            file.finish({group.name: _label(group, done.sha256) for group, done in zip(groups, packed, strict=True)})
+            file.finish({group.name: label(group, done.sha256) for group, done in zip(groups, packed, strict=True)})
         return packed
 
     def _write_group(self, group: LinearGroup, file: TensorFileWriter) -> PackedGroup:
@@ -257,12 +271,6 @@ class _Packer:
             self._on_progress(_DIGEST_SHARE + (1 - _DIGEST_SHARE) * 0.999 * self._done / self._total)
 
 
-def _label(group: LinearGroup, sha256: str) -> str:
-    return msgspec.json.encode(
-        GroupLabel(members=group.members, out_features=group.out_features, sha256=sha256)
-    ).decode()
-
-
-def _printable(name: str) -> str:
+def printable_name(name: str) -> str:
     """Make a file's name fit for a manifest."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)[:_MAX_NAME] or "model"

@@ -10,11 +10,8 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import torch
-from msgspec import Meta, Struct
 from torch import Tensor
 
 from tsqp.errors import WeightsError
@@ -27,11 +24,11 @@ from tsqp.model.architecture import (
     parse_config,
 )
 from tsqp.model.manifest import (
+    CODES,
     CONFIG,
     EMBEDDING,
     ENCLAVE,
     HEAD,
-    JSON_ERRORS,
     MANIFEST,
     MAX_CODE,
     MAX_JSON_BYTES,
@@ -39,25 +36,21 @@ from tsqp.model.manifest import (
     TOKENIZER,
     WORKER,
     Manifest,
-    Name,
     PackedGroup,
-    Sha256,
-    Size,
     codes_digest,
     enclave_directory,
     is_packed,
     layer_file,
     read_manifest,
 )
+from tsqp.model.stacked import StackedGroups
 from tsqp.model.tensor_file import (
-    DTYPES,
     MAX_HEADER_BYTES,
     Header,
     file_digest,
     read_all,
     read_header,
     read_small,
-    read_tensor,
     tensors_in,
 )
 
@@ -102,6 +95,11 @@ class PackedEnclave:
     biases: dict[str, Tensor]
     embedding_VD: Tensor
     tokenizer_json: bytes | None
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The model's linear groups, in the manifest's order."""
+        return linear_groups(self.config)
 
     @property
     def largest_norms(self) -> dict[str, float]:
@@ -225,40 +223,13 @@ def _verified_tensors(
     return tensors
 
 
-class GroupLabel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a codes file says of one group, in its metadata: enough for a worker without a config."""
-
-    members: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=8)]
-    out_features: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=8)]
-    sha256: Sha256
-
-
-class WorkerCodes:
-    """The codes of a packed model: all that a worker has of it. Opened with ``open_codes``.
-
-    Attributes:
-        directory: of the codes files.
-        groups: the linear groups in the model's order. ``bias`` is False throughout: the enclave adds biases.
-    """
+class WorkerCodes(StackedGroups):
+    """The codes of a packed model or of a linear map: all that a worker has of it. Opened with ``open_codes``."""
 
     def __init__(self, directory: Path, files: list[Path]) -> None:
-        self.directory = directory
-        self._labels: dict[str, GroupLabel] = {}
-        self._files: dict[str, tuple[Path, Header]] = {}
-        groups = []
-        for index, path in enumerate(files):
-            header = read_header(path)
-            names = ("head",) if path.name == HEAD else tuple(f"layers.{index}.{part}" for part in LAYER_PARTS)
-            if other := header.tensors.keys() ^ set(names):
-                raise WeightsError(
-                    f"{path}: tensor {min(other)!r} is missing or does not belong there; pack the model again."
-                )
-            for name in names:
-                self._labels[name] = label = _read_label(path, header, name)
-                self._files[name] = (path, header)
-                in_features = header.tensors[name].shape[1]
-                groups.append(LinearGroup(name, label.members, in_features, label.out_features, bias=False))
-        self.groups: tuple[LinearGroup, ...] = tuple(groups)
+        headers = [(path, read_header(path)) for path in files]
+        named = [(path, header, _names(path, header, index)) for index, (path, header) in enumerate(headers)]
+        super().__init__(directory, named, (torch.int8,))
 
     @property
     def codes_digest(self) -> str:
@@ -267,7 +238,7 @@ class WorkerCodes:
         It follows from the labels, which ``read`` checks the codes against: it is true of a worker that read them all.
         """
         return codes_digest(
-            (group.name, group.rows, group.in_features, self._labels[group.name].sha256) for group in self.groups
+            (group.name, group.rows, group.in_features, self.sha256(group.name)) for group in self.groups
         )
 
     def read(self, name: str, rows: range | None = None) -> Tensor:
@@ -284,46 +255,33 @@ class WorkerCodes:
         Raises:
             WeightsError: no such group, the codes were changed, or one is -128.
         """
-        if name not in self._files:
-            raise WeightsError(f"{self.directory} has no codes of {name!r}.")
-        path, header = self._files[name]
-        codes_NK, found = read_tensor(path, header.tensors[name], rows)
-        expected = self._labels[name].sha256
-        if found != expected:
-            raise WeightsError(
-                f"{path}: tensor {name!r} was changed: expected sha256 {expected}, got {found}; pack the model again."
-            )
+        codes_NK = super().read(name, rows)
         if int(codes_NK.amin()) < -MAX_CODE:
-            raise WeightsError(f"{path}: tensor {name!r} holds -128, which no packed model does; pack the model again.")
+            raise WeightsError(
+                f"{self.path(name)}: tensor {name!r} holds -128, which no packed model does; pack the model again."
+            )
         return codes_NK
 
 
-def _read_label(path: Path, header: Header, name: str) -> GroupLabel:
-    place = header.tensors[name]
-    if DTYPES[place.dtype] is not torch.int8 or len(place.shape) != 2:  # noqa: PLR2004  a matrix
-        raise WeightsError(f"{path}: tensor {name!r} is {place.dtype} {list(place.shape)}; expected an int8 matrix.")
-    try:
-        label = msgspec.json.decode(header.metadata.get(name, ""), type=GroupLabel)
-    except JSON_ERRORS as error:
-        raise WeightsError(f"{path}: metadata of {name!r} are malformed ({error}); pack the model again.") from error
-    if len(label.members) != len(label.out_features) or sum(label.out_features) != place.shape[0]:
-        raise WeightsError(
-            f"{path}: metadata of {name!r} name {len(label.members)} modules and {sum(label.out_features)} rows, "
-            f"the tensor has {place.shape[0]} rows; pack the model again."
-        )
-    return label
+def _names(path: Path, header: Header, index: int) -> tuple[str, ...]:
+    """Return the names of a file's groups: a linear map's own, or what those of a LLaMA's layer are called."""
+    if path.name == CODES:
+        return tuple(header.tensors)
+    return ("head",) if path.name == HEAD else tuple(f"layers.{index}.{part}" for part in LAYER_PARTS)
 
 
 def open_codes(directory: Path) -> WorkerCodes:
-    """Open the worker's part of a packed model: headers only, ``WorkerCodes.read`` reads the codes.
+    """Open the worker's part of a packed model or of a linear map: headers only, ``WorkerCodes.read`` reads the codes.
 
     Args:
-        directory: the packed model, or its ``worker/``.
+        directory: that, or its ``worker/``.
 
     Raises:
         WeightsError: there is none, or a file is missing or malformed.
     """
     candidates = (directory / WORKER, directory)
+    if found := next((path for path in candidates if (path / CODES).is_file()), None):
+        return WorkerCodes(found, [found / CODES])
     folder = next((path for path in candidates if (path / HEAD).is_file() or any(path.glob(LAYER_FILES))), None)
     if folder is None:
         raise WeightsError(

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 PROTOCOL_VERSION = 3
 
 MAX_NAME = 256
+MAX_GROUPS = 8192
 MAX_RANK = 4
 MAX_DIMENSION = 1 << 31
 MAX_STATE_TENSORS = 4096
@@ -177,7 +178,7 @@ class Welcome(Reply, frozen=True, tag="welcome"):
     device: Name
     dtype: DtypeName
     module_count: Annotated[int, Meta(ge=0, le=1 << 20)]
-    groups: Annotated[tuple[GroupSpec, ...], Meta(max_length=8192)]
+    groups: Annotated[tuple[GroupSpec, ...], Meta(max_length=MAX_GROUPS)]
     wire_dtypes: Annotated[tuple[DtypeName, ...], Meta(max_length=16)] = ()
 
 

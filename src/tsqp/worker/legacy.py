@@ -97,10 +97,10 @@ class LegacyDispatcher:
 
 
 def refuse(_frames: Sequence[Buffer]) -> list[Buffer]:
-    """Answer any request of the first protocol where there are no float weights to serve it with."""
+    """Answer any request of the first protocol where there is no LLaMA in floats to serve it with."""
     return [
         legacy.failure(
-            "the first protocol is served at the level open only; this process holds int8 codes. "
+            "the first protocol is served at the level open only; this process holds int8 codes, or a linear map. "
             "Start a worker with the model's float weights, without --exact."
         )
     ]

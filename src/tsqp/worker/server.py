@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tsqp.model.linears import Linears
 from tsqp.transport.base import Incoming, ServerTransport
 from tsqp.worker.ahead import WeightsAhead
 from tsqp.worker.dispatch import Dispatcher
@@ -30,7 +31,9 @@ class Worker:
         self.dispatcher = dispatcher
         service = dispatcher.service
         self._legacy = (
-            LegacyDispatcher(service.linears, service.state).answer if isinstance(service, OpenService) else refuse
+            LegacyDispatcher(service.linears, service.state).answer
+            if isinstance(service, OpenService) and isinstance(service.linears, Linears)
+            else refuse
         )
         self._transport = transport
         self._engine = engine_for(service, cuda_graphs=cuda_graphs)

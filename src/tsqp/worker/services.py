@@ -17,7 +17,7 @@ from tsqp.arith.ring import Codes, multiply
 from tsqp.errors import InputError
 from tsqp.model.architecture import LinearGroup
 from tsqp.model.chains import LinearChains
-from tsqp.model.linears import Linears, bound_result, memory_errors
+from tsqp.model.linears import FloatGroups, Linears, bound_result, memory_errors
 from tsqp.wire import codec, int8_rows, messages
 from tsqp.wire.messages import AnyRequest, Service
 from tsqp.worker.batching import Rows
@@ -105,21 +105,21 @@ class OpenService:
     """Float products in clear.
 
     Args:
-        linears: the model's large weights.
+        linears: the model's large weights; of a linear map, without an embedding table.
         state: its non-linear parameters by name, float32 on the CPU.
     """
 
     serves: Service = "open"
     wire_dtypes: tuple[messages.DtypeName, ...] = WIRE_DTYPES
 
-    def __init__(self, linears: Linears, state: dict[str, Tensor]) -> None:
+    def __init__(self, linears: FloatGroups, state: dict[str, Tensor]) -> None:
         self.linears = linears
         self.groups, self.device = linears.groups, linears.device
         self.dtype = self.rows_dtype = linears.dtype
         self.state = state
         self.ranks = linears.share.ranks
         self._chains = LinearChains(linears, state)
-        self._hidden = linears.config.hidden_size
+        self._hidden = linears.config.hidden_size if isinstance(linears, Linears) else 0
         self.chains = {name: chain.groups[-1].name for name, chain in self._chains.by_name.items()}
 
     def product(self, header: AnyRequest, tensors: Sequence[Tensor]) -> Tensor:
@@ -128,8 +128,10 @@ class OpenService:
             case messages.Linear() | messages.LinearChain():
                 rows = self.rows(header, tensors)
                 return self.result(header, self.multiply(rows.name if rows else "", self.operand(header, tensors)))
-            case messages.Embedding(dtype=name):
+            case messages.Embedding(dtype=name) if isinstance(self.linears, Linears):
                 return _on_the_wire(self.linears.embedding(tensors[0]), name)
+            case messages.Embedding():
+                raise InputError("this process holds a linear map: linear layers, and no embedding table.")
             case messages.MatMul(a=a):
                 return _on_the_wire(self.linears.matmul(*tensors), a.dtype)
             case _:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,8 @@ from tsqp.config import DEALER_PORT, WorkerConfig
 from tsqp.errors import ConfigError, SetupError
 from tsqp.model.architecture import LinearGroup, linear_groups, module_count
 from tsqp.model.digest import model_digest
-from tsqp.model.linears import Linears
+from tsqp.model.linear_map import is_floats, open_floats
+from tsqp.model.linears import FloatGroups, Linears
 from tsqp.model.locate import is_packed_model, locate_packed
 from tsqp.model.ops import read_state
 from tsqp.model.packed import open_codes
@@ -197,6 +199,8 @@ def _load(
 ) -> tuple[Dispatcher, Leader | None]:
     if config.serves in ("exact", "masks") or (config.serves == "auto" and is_packed_model(config.model)):
         return _load_codes(config, device, place, progress, opened)
+    if is_floats(Path(config.model).expanduser()):
+        return _load_floats(config, device, place, progress), None
     architecture, checkpoint = open_checkpoint(config.model, lambda done: progress.step("converting the model", done))
     leader = _leader(place, linear_groups(architecture), opened)
     digest = model_digest(architecture, checkpoint, lambda done: progress.step("hashing the weights", done))
@@ -244,6 +248,23 @@ def _order(config: WorkerConfig, device: torch.device, place: Placement, digest:
         log_level=config.log_level,
         log_format=config.log_format,
     )
+
+
+def _load_floats(config: WorkerConfig, device: torch.device, place: Placement, progress: Progress) -> Dispatcher:
+    """Load the float weights of a linear map, each matrix checked against its digest.
+
+    Raises:
+        ConfigError: several ranks were asked for.
+    """
+    if not place.share.is_whole:
+        raise ConfigError(
+            "the float weights of a linear map are held by one process: leave --tensor-parallel out, or serve its int8 "
+            "codes (--exact)."
+        )
+    weights = open_floats(Path(config.model).expanduser())
+    linears = FloatGroups(weights.groups, codec.TORCH_DTYPES[config.dtype], device)
+    linears.fill(weights.read, lambda done: progress.step("loading the weights", done))
+    return Dispatcher(OpenService(linears, {}), config.model, weights.digest, _limits(config))
 
 
 def _limits(config: WorkerConfig) -> Limits:
