@@ -143,7 +143,8 @@ class SlowCall(GroupCall):
 
 
 def test_threads_get_their_own_products(source: Source) -> None:
-    call, wrong = SlowCall(GROUP, Products(source, nullcontext)), []
+    call = SlowCall(GROUP, Products(source, nullcontext))
+    wrong: list[int] = []
 
     def run(seed: int) -> None:
         for number in range(5):
