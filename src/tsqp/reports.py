@@ -16,6 +16,7 @@ from tsqp.measurements import (
     ScalingReport,
     TransportReport,
 )
+from tsqp.plan.reports import PlanCheckReport, PlanReport
 
 
 class WorkerReady(Struct, frozen=True, kw_only=True):
@@ -276,6 +277,8 @@ REPORTS = (
     PrefillReport,
     PackReport,
     SizeReport,
+    PlanReport,
+    PlanCheckReport,
     DoctorReport,
     BenchReport,
     LevelsReport,
