@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from tsqp.engine.memory import chunk_tokens
 from tsqp.config import EngineConfig
+from tsqp.engine.memory import chunk_tokens
 from tsqp.model.architecture import linear_groups
 from tsqp.model.shape import Shape
 from tsqp.plan.capacity import Capacity, Demand, gpus_needed, plan
@@ -148,12 +148,18 @@ def _costs(question: Question, setup: Setup, found: Capacity, machines: Machines
 
 def _assumptions(question: Question, setup: Setup) -> list[str]:
     assumed, constants = setup.assumed, setup.constants
-    found = [
+    gpu = (
         f"{question.gpu.lower()}: datasheet, not measured; of it {assumed.products:.0%} of the operations, "
         f"{assumed.memory:.0%} of the memory bandwidth and {assumed.pcie:.0%} of PCIe, and {assumed.request_us:g} us "
-        "for each request.",
-        f"Enclave: measured on {constants.hardware.cpu}, {constants.date}, commit {constants.commit}; an enclave in SGX "
-        "or TDX is slower, by how much was not measured.",
+        "for each request."
+    )
+    enclave = (
+        f"Enclave: measured on {constants.hardware.cpu}, {constants.date}, commit {constants.commit}; in SGX or TDX it "
+        "is slower, by how much was not measured."
+    )
+    found = [
+        gpu,
+        enclave,
         f"Nothing is busy for more than {assumed.busy:.0%} of the time. All users generate all the time.",
         "Prices are examples until you put yours into the file given with --machines.",
     ]

@@ -243,7 +243,8 @@ class _Engines:
             most = busy / max(engine.cost.time_s, engine.cost.worker_link_core_s)
             return (
                 f"one request alone gets {most:.2g} tokens a second at most with this model, level and link, "
-                f"--tokens-per-s asks for {demand.tokens_s:g}: lower it, or choose a shorter --context or a faster --link."
+                f"--tokens-per-s asks for {demand.tokens_s:g}: lower it, or choose a shorter --context or a faster "
+                "--link."
             )
         load = max(engine.loads(demand, self._setup, 1)[2:], key=lambda load: load.share)
         return (
@@ -254,13 +255,13 @@ class _Engines:
     def _enclave_bytes(self, together: int, step: Step, kv_bytes: int) -> int:
         setup = self._setup
         rows = max(_LEAST_STEP_TOKENS, math.ceil(step.rows))
-        masked = setup.level == "masked"
+        masked, groups = setup.level == "masked", linear_groups(setup.architecture)
         config = EnclaveConfig(
             level=setup.level,
             dtype=setup.dtype,
             dealers=tuple(f"dealer-{number}" for number in range(setup.dealers)),
             mask_pool=rows if masked else None,
-            mask_memory=peak_bytes(linear_groups(setup.architecture), rows, together),
+            mask_memory=max(peak_bytes(groups, rows, together), peak_bytes(groups, rows)),
         )
         engine = EngineConfig(kv_memory=kv_bytes, max_running=together, step_tokens=rows)
         found = enclave_size(

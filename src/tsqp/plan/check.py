@@ -99,8 +99,8 @@ def _measure(subject: Subject, point: Point, found: Measured) -> None:
     found.samples[point].append(subject.run(point))
 
 
-def constants_of(found: Measured, places: Sequence[Place], command: str) -> Constants:
-    """Return the constants that some places' points give."""
+def constants_of(found: Measured, places: Sequence[Place], command: str, commit: str) -> Constants:
+    """Return the constants that some places' points give; ``command`` and ``commit`` say what measured them."""
     names = {place.name for place in places}
     levels = {}
     for level in dict.fromkeys(point.level for point in found.works):
@@ -112,7 +112,7 @@ def constants_of(found: Measured, places: Sequence[Place], command: str) -> Cons
         )
     return Constants(
         date=dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        commit=hardware.commit(),
+        commit=commit,
         command=command,
         hardware=hardware.describe(),
         levels=levels,
@@ -124,30 +124,32 @@ def constants_of(found: Measured, places: Sequence[Place], command: str) -> Cons
 
 def take_constants(rounds: int, command: str, on_step: OnStep) -> Constants:
     """Measure constants on this machine."""
-    return constants_of(measured(FITTED, WORKER_LEVELS, rounds, on_step), FITTED, command)
+    commit = hardware.commit()
+    return constants_of(measured(FITTED, WORKER_LEVELS, rounds, on_step), FITTED, command, commit)
 
 
 def check(rounds: int, command: str, on_step: OnStep, levels: Sequence[str] = WORKER_LEVELS) -> PlanCheckReport:
     """Measure constants and, in the same turns, the points that they are to predict."""
+    commit = hardware.commit()
     found = measured((*FITTED, *CHECKED), levels, rounds, on_step)
-    return compared(found, CHECKED, constants_of(found, FITTED, command), command, rounds)
+    return compared(found, CHECKED, constants_of(found, FITTED, command, commit), rounds)
 
 
-def compared(
-    found: Measured, places: Sequence[Place], constants: Constants, command: str, rounds: int
-) -> PlanCheckReport:
-    """Compare what constants predict with what was measured of some places."""
+def compared(found: Measured, places: Sequence[Place], constants: Constants, rounds: int) -> PlanCheckReport:
+    """Compare what constants predict with what was measured of some places; all others gave the constants."""
     names = {place.name for place in places}
-    points = [_point(point, found, constants) for point in found.works if point.model in names]
+    points = {point: _point(point, found, constants) for point in found.works}
+    checked = [each for point, each in points.items() if point.model in names]
     return PlanCheckReport(
         date=constants.date,
         commit=constants.commit,
-        command=command,
+        command=constants.command,
         hardware=constants.hardware,
         rounds=rounds,
         limit=LIMIT,
-        ok=all(abs(point.error) <= LIMIT for point in points),
-        points=points,
+        ok=all(abs(point.error) <= LIMIT for point in checked),
+        points=checked,
+        fitted=[each for point, each in points.items() if point.model not in names],
         constants=constants,
     )
 
@@ -155,6 +157,8 @@ def compared(
 def _point(point: Point, found: Measured, constants: Constants) -> PlanPoint:
     enclave_s, worker_s = predicted(found.works[point], constants, point.level)
     measured_s = found.median(point, lambda sample: sample.total_s)
+    measured_enclave_s = found.median(point, lambda sample: sample.enclave_s)
+    measured_worker_s = found.median(point, lambda sample: sample.worker_s)
     return PlanPoint(
         model=point.model,
         level=point.level,
@@ -164,8 +168,10 @@ def _point(point: Point, found: Measured, constants: Constants) -> PlanPoint:
         measured_s=measured_s,
         predicted_s=enclave_s + worker_s,
         error=(enclave_s + worker_s) / measured_s - 1,
-        enclave_error=enclave_s / found.median(point, lambda sample: sample.enclave_s) - 1,
-        worker_error=worker_s / found.median(point, lambda sample: sample.worker_s) - 1,
+        enclave_s=measured_enclave_s,
+        enclave_error=enclave_s / measured_enclave_s - 1,
+        worker_s=measured_worker_s,
+        worker_error=worker_s / measured_worker_s - 1,
         all_s=[sample.total_s for sample in found.samples[point]],
     )
 

@@ -16,7 +16,7 @@ from tsqp.measurements import Hardware
 Seconds = Annotated[float, Meta(ge=0, le=10)]
 
 # What the parts are made of: see ``work.together``.
-ENCLAVE_UNITS = ("step", "call", "column", "word", "score", "cached", "logit")
+ENCLAVE_UNITS = ("step", "call", "word", "score", "cached", "logit")
 WORKER_UNITS = ("call", "weight_byte", "mac", "word")
 
 
@@ -51,8 +51,8 @@ class LevelConstants(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class LinkConstants(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An encrypted tcp link of this machine with itself.
 
-    ``trip_s``: a short round trip. ``trip_core_s``: what the enclave's own thread does of it. ``byte_s``: what each byte
-    adds to its time. ``byte_core_s``: what the enclave's link thread does for each, mostly encryption.
+    ``trip_s``: a short round trip. ``trip_core_s``: what the enclave's own thread does of it. ``byte_s``: what each
+    byte adds to its time. ``byte_core_s``: what the enclave's link thread does for each, mostly encryption.
     """
 
     trip_s: Seconds
@@ -82,8 +82,8 @@ class Constants(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         found = self.levels.get(level)
         if found is None:
             raise ConfigError(
-                f"the constants of {self.date} have none for the level {level}, only for {', '.join(self.levels)}: take "
-                "them again with --measure."
+                f"the constants of {self.date} have none for the level {level}, only for {', '.join(self.levels)}: "
+                "take them again with --measure."
             )
         return found
 

@@ -5,8 +5,8 @@ enclave. For each request of a step that takes, for n parts,
 
     max( n e,  e + w,  n g,  n b )
 
-with e the enclave's time for one part's share, w what a part's request is away, g the worker's time for it and b that
-of its bytes on the link.
+with e the enclave's time for one part's share, w what a part's request is away, g the worker's time for it and b what
+its bytes take on the link or of the thread that encrypts them, whichever is longer.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def step_cost(setup: Setup, step: Step) -> StepCost:
         worker_s, there_s = gpu_s(setup, product)
         wire_s = product.bytes / (2 * setup.link_bytes_s)
         away_s = link.trip_s - link.trip_core_s + setup.latency_s + product.bytes * link.byte_s + 2 * wire_s + there_s
-        time_s += max(parts * own_s, own_s + away_s, parts * worker_s, parts * wire_s)
+        time_s += max(
+            parts * own_s, own_s + away_s, parts * worker_s, parts * max(wire_s, product.bytes * link.byte_core_s)
+        )
         busy_s += parts * worker_s
     moved = traffic(calls(setup.architecture, setup.level, setup.dtype), round(step.rows), round(step.kept) or 1)
     masks = setup.dealers * step.rows * mask_bytes(setup.architecture) if setup.level == "masked" else 0.0
@@ -175,7 +177,7 @@ def own_mask_s(setup: Setup) -> float:
 
 
 def dealer_s(setup: Setup) -> float:
-    """Return how long a row's mask products keep a dealer busy: its GPU, PCIe, or the processor that makes the masks."""
+    """Return how long a row's mask products keep a dealer busy: its GPU, PCIe, or the processor that makes masks."""
     gpu_bound_s = sum(gpu_s(setup, product)[0] for product in _mask_block(setup.architecture)) / _MASK_ROWS
     return max(gpu_bound_s, mask_words(setup.architecture) * setup.constants.mask_word_s)
 
@@ -184,7 +186,6 @@ def _mask_block(architecture: LlamaConfig) -> list[Product]:
     """Return the products of a block of mask rows."""
     found = []
     for group in linear_groups(architecture):
-        weights, columns = group.rows * group.in_features, group.rows + group.in_features
-        words = _MASK_ROWS * columns
-        found.append(Product(words, columns, _WORD_BYTES * words, weights, _MASK_ROWS * weights))
+        weights, words = group.rows * group.in_features, _MASK_ROWS * (group.rows + group.in_features)
+        found.append(Product(words, _WORD_BYTES * words, weights, _MASK_ROWS * weights))
     return found

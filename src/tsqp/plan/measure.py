@@ -1,7 +1,7 @@
 """Measures what steps take of one core on this machine, with every product computed in the same process.
 
-Time is the thread's own (``time.thread_time``): what other processes take of the machine meanwhile does not count, and a
-plan needs to know how long a core is busy. Waiting is no part of it; round trips are measured on their own.
+Time is the thread's own (``time.thread_time``): what other processes take of the machine meanwhile does not count, and
+a plan needs to know how long a core is busy. Waiting is no part of it; round trips are measured on their own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +22,8 @@ from tsqp.bench.children import free_port
 from tsqp.bench.echo import EchoClient, echo_client, serving
 from tsqp.bench.floors import Loopback, own_service
 from tsqp.config import EnclaveConfig
-from tsqp.engine.sampling import Sampler
 from tsqp.engine.api import Sampling
+from tsqp.engine.sampling import Sampler
 from tsqp.errors import InternalError
 from tsqp.launch import local_worker
 from tsqp.levels import open_model, runnable
@@ -39,7 +38,6 @@ from tsqp.plan.models import random_config, write_random
 from tsqp.plan.work import Step, StepWork, prefill_steps, work
 from tsqp.transport.base import Buffer, ClientTransport
 from tsqp.transport.keys import create, read_public
-from tsqp.wire import codec, messages
 from tsqp.worker.services import WorkerService
 
 Kind = Literal["prefill", "decode"]

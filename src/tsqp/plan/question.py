@@ -80,12 +80,13 @@ class Question:
             return
         if self.masks not in MASKS:
             raise ConfigError(
-                f"the level masked needs a source of masks, got {self.masks!r}: --masks dealers (with --dealers, how many "
-                "parties) or --masks enclave."
+                f"the level masked needs a source of masks, got {self.masks!r}: --masks dealers (with --dealers, how "
+                "many parties) or --masks enclave."
             )
         if self.masks == "dealers" and not 1 <= self.dealers <= 16:  # noqa: PLR2004
             raise ConfigError(
-                f"--dealers {self.dealers}: masks by dealers need a number of parties from 1 to 16, or use --masks enclave."
+                f"--dealers {self.dealers}: masks by dealers need a number of parties from 1 to 16, or use --masks "
+                "enclave."
             )
 
     def check_context(self, architecture: LlamaConfig) -> None:

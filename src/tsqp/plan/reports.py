@@ -48,12 +48,12 @@ class PlanCost(Struct, frozen=True, kw_only=True):
 
 
 class PlanReport(Struct, frozen=True, kw_only=True):
-    """``tsqp plan``: what serves ``users`` users with ``tokens_s`` tokens a second each. Times in seconds, sizes in bytes.
+    """``tsqp plan``: what serves ``users`` users with ``tokens_s`` tokens a second each. Seconds and bytes.
 
-    A token is one of an answer; per token counts what its share of the prompt takes too. ``round_trips_per_token`` is of
-    a step that all its requests share. ``enclaves`` engines run on ``hosts`` hosts, ``per_host`` on each; ``workers``
-    and ``dealers`` have ``gpus`` GPUs each. ``loads`` begins with what saturates first. ``assumptions`` says what was
-    not measured.
+    A token is one of an answer; what is told per token includes what its share of the prompt takes.
+    ``round_trips_per_token`` is of a step that all its requests share. ``enclaves`` engines run on ``hosts`` hosts,
+    ``per_host`` on each; ``workers`` and ``dealers`` have ``gpus`` GPUs each. ``loads`` begins with what saturates
+    first. ``assumptions`` says what was not measured.
     """
 
     model: str
@@ -101,7 +101,8 @@ class PlanPoint(Struct, frozen=True, kw_only=True):
     """One point that was predicted and measured: seconds of one core, the enclave's and a CPU worker's together.
 
     ``size`` is a prompt's tokens, or how many answers a step of generation computes after ``context`` tokens each.
-    ``error`` is predicted / measured - 1. ``all_s`` has what was measured in each turn.
+    ``error`` is predicted / measured - 1. ``enclave_s`` and ``worker_s`` are the measured parts, with their errors.
+    ``all_s`` has what was measured in each turn.
     """
 
     model: str
@@ -112,7 +113,9 @@ class PlanPoint(Struct, frozen=True, kw_only=True):
     measured_s: float
     predicted_s: float
     error: float
+    enclave_s: float
     enclave_error: float
+    worker_s: float
     worker_error: float
     all_s: list[float]
 
@@ -120,7 +123,8 @@ class PlanPoint(Struct, frozen=True, kw_only=True):
 class PlanCheckReport(Struct, frozen=True, kw_only=True):
     """``tsqp plan --check``: predictions against measurements of other points than those that gave the constants.
 
-    ``ok`` is false when an error is above ``limit``; the exit code is then 1.
+    ``points`` are those that are checked, ``fitted`` those that gave the constants. ``ok`` is false when an error of
+    ``points`` is above ``limit``; the exit code is then 1.
     """
 
     date: str
@@ -131,4 +135,5 @@ class PlanCheckReport(Struct, frozen=True, kw_only=True):
     limit: float
     ok: bool
     points: list[PlanPoint]
+    fitted: list[PlanPoint]
     constants: Constants

@@ -40,14 +40,12 @@ class Product:
 
     Attributes:
         words: numbers that go to the worker and come back.
-        columns: the same of a single row.
         bytes: both ways, without headers.
         weight_bytes: that the worker reads for it.
         macs: multiply-adds.
     """
 
     words: float
-    columns: float
     bytes: float
     weight_bytes: float
     macs: float
@@ -97,7 +95,7 @@ def _product(call: Call, step: Step, item: int) -> Product:
     weights = sum(group.rows * group.in_features for group in call.groups)
     sent, received = call.payload(1)
     columns = math.prod(call.sent.shape) + math.prod(call.received.shape)
-    return Product(rows * columns, columns, rows * (sent + received), item * weights, rows * weights)
+    return Product(rows * columns, rows * (sent + received), item * weights, rows * weights)
 
 
 def prefill_steps(tokens: int, first: int = 0) -> list[Step]:
@@ -122,7 +120,6 @@ def together(steps: Iterable[StepWork]) -> dict[str, float]:
     return {
         "step": float(len(listed)),
         "call": float(len(products)),
-        "column": sum(product.columns for product in products),
         "word": sum(product.words for product in products),
         "score": sum(step.scores for step in listed),
         "cached": sum(step.cached for step in listed),
