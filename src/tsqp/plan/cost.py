@@ -11,12 +11,13 @@ its bytes take on the link or of the thread that encrypts them, whichever is lon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tsqp.config import EXACT_LEVELS
 from tsqp.model.architecture import LlamaConfig, linear_groups
-from tsqp.plan.calls import calls, traffic
+from tsqp.plan.calls import asked, calls
 from tsqp.plan.constants import Constants
 from tsqp.plan.machines import Assumed, Gpu
 from tsqp.plan.work import Product, Step, of_product, together, work
@@ -79,8 +80,8 @@ class StepCost:
     mask_core_s: float
     worker_s: float
     round_trips: int
-    sent: int
-    received: int
+    sent: float
+    received: float
     masks_received: float
 
     @property
@@ -129,8 +130,8 @@ def step_cost(setup: Setup, step: Step) -> StepCost:
     parts = PARTS if step.rows >= PARTS else 1
     part = Step(step.rows / parts, step.kept / parts, step.sequences / parts, step.context)
     counted, link = work(setup.architecture, setup.level, setup.dtype, part), setup.constants.link
-    asked = len(counted.products)
-    own_s = enclave_s(setup, part) / asked + link.trip_core_s
+    requests = len(counted.products)
+    own_s = enclave_s(setup, part) / requests + link.trip_core_s
     time_s = busy_s = 0.0
     for product in counted.products:
         worker_s, there_s = gpu_s(setup, product)
@@ -140,21 +141,32 @@ def step_cost(setup: Setup, step: Step) -> StepCost:
             parts * own_s, own_s + away_s, parts * worker_s, parts * max(wire_s, product.bytes * link.byte_core_s)
         )
         busy_s += parts * worker_s
-    moved = traffic(calls(setup.architecture, setup.level, setup.dtype), round(step.rows), round(step.kept) or 1)
+    sent, received = (parts * each for each in moved(setup, part))
     masks = setup.dealers * step.rows * mask_bytes(setup.architecture) if setup.level == "masked" else 0.0
-    worker_link_core_s = (moved.sent + moved.received) * link.byte_core_s
+    worker_link_core_s = (sent + received) * link.byte_core_s
     return StepCost(
         time_s=time_s + setup.constants.engine_step_s,
-        thread_s=parts * asked * own_s + setup.constants.engine_step_s,
+        thread_s=parts * requests * own_s + setup.constants.engine_step_s,
         link_core_s=worker_link_core_s + masks * link.byte_core_s,
         worker_link_core_s=worker_link_core_s,
         mask_core_s=step.rows * own_mask_s(setup),
         worker_s=busy_s,
-        round_trips=parts * asked,
-        sent=moved.sent,
-        received=moved.received,
+        round_trips=parts * requests,
+        sent=sent,
+        received=received,
         masks_received=masks,
     )
+
+
+def moved(setup: Setup, step: Step) -> tuple[float, float]:
+    """Return the bytes that a step sends and receives, headers included; numbers of rows may be averages."""
+    sent = received = 0.0
+    for call in asked(calls(setup.architecture, setup.level, setup.dtype), math.ceil(step.kept)):
+        rows = step.kept if call.is_kept else step.rows
+        payload, headers = call.payload(1), call.headers(math.ceil(rows))
+        sent += rows * payload[0] + headers[0]
+        received += rows * payload[1] + headers[1]
+    return sent, received
 
 
 def mask_bytes(architecture: LlamaConfig) -> int:

@@ -25,8 +25,8 @@ class PlanStep(Struct, frozen=True, kw_only=True):
     mask_s: float
     gpu_s: float
     round_trips: int
-    sent: int
-    received: int
+    sent: float
+    received: float
     masks_received: float
 
 
