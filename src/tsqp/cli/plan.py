@@ -25,7 +25,7 @@ def plan(
         typer.Option(help="smollm2, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, a config.json or its directory."),
     ] = "smollm2",
     users: Annotated[int, typer.Option(help="How many generate at the same time.")] = 1,
-    tokens_per_s: Annotated[float, typer.Option(help="Tokens a second that each of them is to get.")] = 10.0,
+    tokens_per_s: Annotated[float, typer.Option(help="Tokens a second that each of them is to get.")] = 5.0,
     context: Annotated[int, typer.Option(help="Tokens of a prompt and its answer together.")] = 2048,
     prompt: Annotated[int | None, typer.Option(help="Of these, the prompt's.", show_default="half")] = None,
     level: Annotated[str, typer.Option(help="open, verified or masked.")] = "masked",
@@ -43,7 +43,8 @@ def plan(
         Path | None, typer.Option(help="GPUs and prices, a TOML file.", show_default="the one that comes with TSQP")
     ] = None,
     constants: Annotated[
-        Path | None, typer.Option(help="Constants of the model; --measure writes them here.", show_default="TSQP's own")
+        Path | None,
+        typer.Option(help="Constants of the model; --measure and --check write them here.", show_default="TSQP's own"),
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Take the constants on this machine first.")] = False,
     check: Annotated[
@@ -74,7 +75,7 @@ def plan(
             latency_ms=latency,
         )
         if check:
-            report = _check(rounds)
+            report = _check(constants, rounds)
             if json:
                 print_json(report)
             else:
@@ -100,32 +101,40 @@ def plan(
 
 
 def _constants(path: Path | None, rounds: int, *, measure: bool) -> Constants:
-    from tsqp.plan.constants import load_constants, write_constants
+    from tsqp.plan.constants import load_constants
 
     if not measure:
         return load_constants(path)
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ConfigError(f"--constants {path}: expected the name of a file in a directory that exists.")
-    _one_thread()
+    _prepare(path)
     from tsqp.plan.check import take_constants
 
     with progress() as on_step:
         taken = take_constants(rounds, f"tsqp plan --measure --rounds {rounds}", on_step)
-    if path is not None:
-        write_constants(taken, path)
-        notice(f"wrote the constants of this machine to {path}.")
+    _keep(taken, path)
     return taken
 
 
-def _check(rounds: int) -> PlanCheckReport:
-    _one_thread()
+def _check(path: Path | None, rounds: int) -> PlanCheckReport:
+    _prepare(path)
     from tsqp.plan.check import check
 
     with progress() as on_step:
-        return check(rounds, f"tsqp plan --check --rounds {rounds}", on_step)
+        report = check(rounds, f"tsqp plan --check --rounds {rounds}", on_step)
+    _keep(report.constants, path)
+    return report
 
 
-def _one_thread() -> None:
-    """Compute in this thread, whose time is measured."""
+def _prepare(path: Path | None) -> None:
+    """Compute in this thread, whose time is measured; before minutes are spent, see whether the result can be kept."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConfigError(f"--constants {path}: expected the name of a file in a directory that exists.")
     share_cores()
     set_threads(1)
+
+
+def _keep(constants: Constants, path: Path | None) -> None:
+    from tsqp.plan.constants import write_constants
+
+    if path is not None:
+        write_constants(constants, path)
+        notice(f"wrote the constants of this machine to {path}.")

@@ -44,7 +44,7 @@ Kind = Literal["prefill", "decode"]
 
 DTYPE = "float32"
 _MASK_BYTES = 2 << 30
-_TRIPS = 200
+_TRIPS = 300
 _COUNTED = 3
 _SMALL, _LARGE = 4096, 4 << 20
 _KEYSTREAM_ROWS, _KEYSTREAM_INPUTS = 64, 1 << 14
@@ -118,10 +118,11 @@ class Subject:
 
     def points(self) -> list[Point]:
         """Return what is measured of it."""
-        named = {"model": self.place.name, "level": self.level}
-        return [
-            *(Point(**named, kind="prefill", size=size) for size in self.place.prompts),
-            *(Point(**named, kind="decode", size=size, context=known) for size, known in self.place.batches),
+        model, level = self.place.name, self.level
+        read = [Point(model=model, level=level, kind="prefill", size=size) for size in self.place.prompts]
+        return read + [
+            Point(model=model, level=level, kind="decode", size=size, context=known)
+            for size, known in self.place.batches
         ]
 
     def work(self, point: Point) -> list[StepWork]:
@@ -248,7 +249,7 @@ def _subject(place: Place, level: str, name: str) -> Iterator[Subject]:
 
 
 def link_constants() -> LinkConstants:
-    """Measure round trips over an encrypted tcp link. The lower tenth counts, as others may use the machine."""
+    """Measure round trips over an encrypted tcp link. The shortest of many counts, as others may use the machine."""
     with ExitStack() as stack:
         directory = stack.enter_context(private_socket_directory())
         public, secret = create(directory, "echo")
@@ -256,7 +257,7 @@ def link_constants() -> LinkConstants:
         stack.enter_context(serving(url, secret))
         client = stack.enter_context(echo_client(url, read_public(public)))
         small = [_trip(client, _SMALL) for _ in range(_TRIPS)]
-        large = [_trip(client, _LARGE) for _ in range(_TRIPS // 10)]
+        large = [_trip(client, _LARGE) for _ in range(_TRIPS // 5)]
     trip, long = _quick(small), _quick(large)
     moved = 2 * (_LARGE - _SMALL)
     return LinkConstants(
@@ -275,7 +276,7 @@ def _trip(client: EchoClient, size: int) -> tuple[float, float, float]:
 
 
 def _quick(taken: Sequence[tuple[float, float, float]]) -> tuple[float, ...]:
-    return tuple(sorted(column)[len(taken) // 10] for column in zip(*taken, strict=True))
+    return tuple(map(min, zip(*taken, strict=True)))
 
 
 def keystream_word_s() -> float:
