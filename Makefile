@@ -70,6 +70,9 @@ soak: $(STAMP)  ## Inject every fault at random into real processes under load, 
 readme: $(STAMP)  ## Rewrite README's table and picture from benchmarks/results.
 	$(BIN)/python benchmarks/readme_table.py
 
+planning: $(STAMP)  ## Rewrite the plans of docs/planning.md from the constants and the newest check.
+	$(BIN)/python benchmarks/planning_page.py
+
 schema: $(STAMP)  ## Rewrite docs/json-schema.json from the report types.
 	$(BIN)/python -m tsqp.reports > docs/json-schema.json
 

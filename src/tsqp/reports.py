@@ -16,6 +16,7 @@ from tsqp.measurements import (
     ScalingReport,
     TransportReport,
 )
+from tsqp.plan.reports import PlanCheckReport, PlanReport
 
 
 class WorkerReady(Struct, frozen=True, kw_only=True):
@@ -303,6 +304,8 @@ REPORTS = (
     PackReport,
     ExportReport,
     SizeReport,
+    PlanReport,
+    PlanCheckReport,
     DoctorReport,
     BenchReport,
     LevelsReport,

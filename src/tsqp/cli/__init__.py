@@ -13,6 +13,7 @@ from tsqp.cli.export import export
 from tsqp.cli.generate import generate
 from tsqp.cli.keys import keys
 from tsqp.cli.pack import pack
+from tsqp.cli.plan import plan
 from tsqp.cli.prefill import prefill
 from tsqp.cli.serve import serve
 from tsqp.cli.size import size
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (worker, dealer, prefill, generate, serve, verify, demo, top, pack, export, size, audit, doctor):
+for command in (worker, dealer, prefill, generate, serve, verify, demo, top, pack, export, size, plan, audit, doctor):
     app.command()(command)
 for group in (keys, bench):
     app.add_typer(group)
