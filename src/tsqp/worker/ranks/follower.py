@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from tsqp import logs
 from tsqp.config import WorkerConfig
-from tsqp.errors import ModelMismatchError, ProtocolError, RankLostError, TsqpError
+from tsqp.errors import ModelMismatchError, ProtocolError, TsqpError
 from tsqp.model.architecture import LinearGroup
 from tsqp.model.digest import model_digest
 from tsqp.model.linears import Linears
@@ -22,7 +22,7 @@ from tsqp.model.share import Share
 from tsqp.threads import set_threads
 from tsqp.wire import codec
 from tsqp.worker.loading import open_checkpoint, read_codes
-from tsqp.worker.ranks.life import Beating
+from tsqp.worker.ranks.life import Beating, end, leader_lost
 from tsqp.worker.ranks.links import Channel, Connect, Done, Failed, Load, Multiply, SendCodes, Stop
 from tsqp.worker.ranks.meeting import Meeting, bytes_of, meet_by_torchrun
 from tsqp.worker.ranks.placement import placement, rank_device
@@ -71,7 +71,6 @@ def follow(meeting: Meeting, share: Share, local: Share) -> None:
 
     Raises:
         SetupError: rank 0 is not there.
-        RankLostError: it is gone.
         TsqpError: the rows cannot be loaded; rank 0 has been told.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # all ranks may get them; rank 0 answers what it has taken in, first
@@ -84,8 +83,8 @@ def follow(meeting: Meeting, share: Share, local: Share) -> None:
             raise ProtocolError(f"rank {share.rank}: rank 0 said something else than to connect.")
         meeting.connect(share, part.device)
         _Follower(channel, part).serve()
-    except EOFError as error:
-        raise RankLostError("rank 0 is gone, so this one ends.") from error
+    except EOFError:
+        end(leader_lost(share.rank))
     finally:
         beating.leaving()
         if distributed.is_initialized():

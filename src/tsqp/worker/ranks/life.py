@@ -30,6 +30,11 @@ def end(error: TsqpError) -> NoReturn:
     os._exit(error.exit_code)
 
 
+def leader_lost(rank: int) -> RankLostError:
+    """Return the error that a follower ends with when the leader is gone."""
+    return RankLostError(f"rank {rank}: rank 0 is gone, so this one ends.")
+
+
 class Listening:
     """The leader's thread that hears followers' beats.
 
@@ -120,4 +125,4 @@ class Beating:
         except OSError:
             pass
         if not self._leaving:
-            end(RankLostError(f"rank {self._rank}: rank 0 is gone, so this one ends."))
+            end(leader_lost(self._rank))
