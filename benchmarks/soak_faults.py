@@ -37,6 +37,12 @@ def main() -> int:
     parser.add_argument("--times", type=int, help="how often each is injected at most")
     parser.add_argument("--clients", type=int, default=6, help="of each of the two servers")
     parser.add_argument("--levels", nargs="+", choices=LANES, default=["masked", "open"], help="a server for each")
+    parser.add_argument(
+        "--slack",
+        type=float,
+        default=5.0,
+        help="seconds that noticing may take beyond what is stated, on a busy machine",
+    )
     parser.add_argument("--seed", type=int, help="of all that is chosen; a new one by default")
     parser.add_argument("--out", type=Path, default=Path("soak-faults.json"))
     options = parser.parse_args()
@@ -45,7 +51,7 @@ def main() -> int:
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     seconds = options.seconds or (600.0 if options.times is None else math.inf)
-    plan = Plan(seconds, options.times, options.clients, seed, levels=tuple(options.levels))
+    plan = Plan(seconds, options.times, options.clients, seed, options.slack, levels=tuple(options.levels))
     commit = hardware.commit()
     report = soak(plan, lambda line: print(line, flush=True))
     how_much = [f"--seconds {seconds:g}"] if math.isfinite(seconds) else []
@@ -53,8 +59,8 @@ def main() -> int:
     content = {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "commit": commit,
-        "command": f"python benchmarks/soak_faults.py {' '.join(how_much)} --clients {options.clients} --seed {seed} "
-        f"--levels {' '.join(options.levels)}",
+        "command": f"python benchmarks/soak_faults.py {' '.join(how_much)} --clients {options.clients} "
+        f"--slack {options.slack:g} --seed {seed} --levels {' '.join(options.levels)}",
         "hardware": msgspec.to_builtins(hardware.describe()),
         **msgspec.to_builtins(report),
     }
