@@ -14,6 +14,7 @@ from workers import StartWorker, packed_tiny
 
 from tsqp.config import EnclaveConfig
 from tsqp.levels import open_model, runnable
+from tsqp.loaded import run_together
 from tsqp.model.paged_cache import PagedCache, SequencePart
 from tsqp.plan.calls import Call, calls, traffic
 from tsqp.transport.base import Buffer, ClientTransport, Delivery
@@ -74,7 +75,8 @@ def test_what_is_planned_is_what_the_meter_counts(level: str, models: tuple[Path
         ):
             link = links[-1]
             before, passed = replace(loaded.meter), (len(link.sent), len(link.received))
-            loaded.stepper.run([cache.rows(parts)])
+            with loaded.stepper.paused():
+                run_together([(loaded.stepper, [cache.rows(parts)])])
             cost = loaded.meter.since(before)
             expected = traffic(planned, rows, kept)
             made = [call for call in planned if kept or not call.is_kept]

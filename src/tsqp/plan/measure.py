@@ -24,10 +24,10 @@ from tsqp.bench.floors import Loopback, own_service
 from tsqp.config import EnclaveConfig
 from tsqp.engine.api import Sampling
 from tsqp.engine.sampling import Sampler
-from tsqp.errors import InternalError
+from tsqp.errors import InternalError, TsqpError
 from tsqp.launch import local_worker
 from tsqp.levels import open_model, runnable
-from tsqp.loaded import Runnable, Stepper
+from tsqp.loaded import Runnable, Stepper, run_together
 from tsqp.model.architecture import LlamaConfig
 from tsqp.model.attention import BLOCK_TOKENS
 from tsqp.model.locate import BUNDLED
@@ -114,7 +114,7 @@ class Subject:
         self._each = -(-longest // BLOCK_TOKENS)
         self._cache = PagedCache(architecture, most * self._each)
         if (pool := _stepper(loaded).pool) is not None:
-            pool.keep_head(most)
+            pool.resize(_mask_rows(place), most, _MASK_BYTES)
 
     def points(self) -> list[Point]:
         """Return what is measured of it."""
@@ -148,7 +148,12 @@ class Subject:
         return Sample(total_s=time.thread_time() - started_s, worker_s=self._here.spent_s)
 
     def _step(self, parts: list[SequencePart]) -> None:
-        (logits_RV,) = _stepper(self._loaded).run([self._cache.rows(parts)])
+        stepper = _stepper(self._loaded)
+        with stepper.paused():
+            (outcome,) = run_together([(stepper, [self._cache.rows(parts)])])
+        if isinstance(outcome, TsqpError):
+            raise outcome
+        (logits_RV,) = outcome
         for logits_V in logits_RV:
             Sampler(Sampling(temperature=0), (), self.architecture.vocab_size).choose(logits_V)
 
@@ -220,11 +225,15 @@ def subjects(
         yield found
 
 
+def _mask_rows(place: Place) -> int:
+    """Return for how many tokens masks are kept ready: for those of the longest point."""
+    return max((*place.prompts, *(batch for batch, _ in place.batches)))
+
+
 @contextmanager
 def _subject(place: Place, level: str, name: str) -> Iterator[Subject]:
     model = open_model(name, level)
     order = Order(level=level, model=str(model.directory), ids=[], dtype=DTYPE, threads=1, worker="")
-    rows = max((*place.prompts, *(batch for batch, _ in place.batches)))
     links: list[_Here] = []
     with ExitStack() as stack:
         service = stack.enter_context(own_service(order))
@@ -240,7 +249,7 @@ def _subject(place: Place, level: str, name: str) -> Iterator[Subject]:
             threads=1,
             micro_batches=1,
             mask_memory=_MASK_BYTES,
-            mask_pool=rows if level == "masked" else None,
+            mask_pool=_mask_rows(place) if level == "masked" else None,
         )
         loaded = stack.enter_context(
             runnable(level, model, config, wrap=lambda _peer: wrapped, on_notice=lambda _sentence: None)
