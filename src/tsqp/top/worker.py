@@ -7,7 +7,7 @@ from tsqp.enclave.session import Role, Session
 from tsqp.errors import TransportTimeoutError, printable
 from tsqp.top.reading import Reading
 from tsqp.transport.client import open_client
-from tsqp.transport.keys import load_public
+from tsqp.transport.keys import load_public, load_secret
 from tsqp.transport.urls import parse
 from tsqp.wire import messages
 from tsqp.wire.messages import StatsResult, Welcome
@@ -21,7 +21,7 @@ class WorkerSource:
 
     Args:
         address: where it is.
-        config: its key, and how long to wait for an answer.
+        config: its key, this process's own if it lets only some in, and how long to wait for an answer.
 
     Raises:
         ConfigError, SetupError: address or key cannot be used.
@@ -30,6 +30,7 @@ class WorkerSource:
     def __init__(self, address: str, config: EnclaveConfig) -> None:
         self._endpoint = parse(address)
         self._key = load_public(config.worker_key) if config.worker_key is not None else None
+        self._own = load_secret(config.own_key) if config.own_key is not None else None
         self._config = config
         self._session: Session | None = None
         self._welcome: Welcome | None = None
@@ -59,7 +60,7 @@ class WorkerSource:
     def _met(self) -> tuple[Session, Welcome]:
         if self._session is None or self._welcome is None:
             timeout_s = self._config.connect_timeout_s
-            link = open_client(self._endpoint, self._config.max_message_bytes, self._key)
+            link = open_client(self._endpoint, self._config.max_message_bytes, self._key, self._own)
             self._session = Session(link, timeout_s)
             self._welcome = self._session.hello(timeout_s)
         return self._session, self._welcome
