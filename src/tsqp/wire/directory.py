@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from tsqp.errors import ConfigError, ProtocolError, printable
-from tsqp.transport.keys import check_public
+from tsqp.transport.keys import PUBLIC_SUFFIX, SECRET_SUFFIX, check_public
 from tsqp.transport.urls import parse
 
 MAX_BYTES = 1 << 16
@@ -68,13 +68,15 @@ def encode(directory: Directory) -> bytes:
 
 
 def _check(directory: Directory) -> None:
-    """Refuse what the types cannot: an address that is none, one that is there twice, a key that is none."""
+    """Refuse what the types cannot: an address that is none, one that is there twice, a key that is none or a file."""
     entries = (*directory.workers, *directory.dealers)
     try:
         places = [parse(entry.address).url for entry in entries]
         for entry in entries:
             if entry.key is not None:
                 check_public(entry.key.encode())
+                if entry.key.endswith((PUBLIC_SUFFIX, SECRET_SUFFIX)):  # settings would take it for a file's name
+                    raise ConfigError("a key that ends as the name of a key file does.")
     except ConfigError as error:
         raise ProtocolError(f"the directory has an entry that cannot be used: {printable(str(error))}") from None
     if twice := first_twice(places):

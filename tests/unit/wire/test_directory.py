@@ -54,6 +54,7 @@ def test_a_directory_is_read_as_it_was_written() -> None:
         with_worker(5),
         with_worker("tcp://10.0.0.1:5000", "short"),
         with_worker("tcp://10.0.0.1:5000", "\u20ac" * 40),
+        with_worker("tcp://10.0.0.1:5000", "/" * 36 + ".key"),
         {"version": 1, "workers": [{"address": "tcp://10.0.0.1:5000"}] * 2},
         {"version": 1, "workers": [{"address": "tcp://localhost:1"}], "dealers": [{"address": "tcp://127.0.0.1:1"}]},
         {"version": 1, "workers": [{"address": f"tcp://10.0.0.1:{port}"} for port in range(1, MAX_PEERS + 2)]},
