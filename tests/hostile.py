@@ -388,7 +388,7 @@ def build(
     meter, journal = Meter(), list[Sent]()
     worker = HostilePeer(WORKER_ADDRESS, material.dispatcher(), journal)
     exact = connected_worker(material, worker, meter, retries)
-    checks = checks or read_codes(material.packed.manifest, StreamedCodes(exact.session), keep=dealers == 0)
+    checks = checks or read_codes(material.packed.manifest, StreamedCodes(exact.session), {} if dealers == 0 else None)
     helpers = tuple(
         HostilePeer(address, material.dispatcher("masks"), journal) for address in DEALER_ADDRESSES[: dealers or 0]
     )

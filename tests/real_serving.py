@@ -16,8 +16,9 @@ from openai import OpenAI
 from tiny_models import tiny_checkpoint
 
 from tsqp.config import EnclaveConfig, EngineConfig
-from tsqp.engine.loop import GenerationEngine, open_engine
+from tsqp.engine.loop import GenerationEngine
 from tsqp.engine.memory import cache_bytes
+from tsqp.engine.opening import open_engine
 from tsqp.launch import local_worker
 from tsqp.levels import Model, open_model
 from tsqp.serve.served_model import served

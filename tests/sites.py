@@ -19,7 +19,8 @@ from workers import free_port
 from tsqp.arith import native
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import Finished, Generation, Sampling
-from tsqp.engine.loop import GenerationEngine, open_engine
+from tsqp.engine.loop import GenerationEngine
+from tsqp.engine.opening import open_engine
 from tsqp.errors import TsqpError
 from tsqp.launch import local_worker
 from tsqp.levels import Model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tsqp.arith import native
+from tsqp.arith.ring import Codes
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.codes import Checks, CodesSource, DirectoryCodes, StreamedCodes, read_codes
 from tsqp.enclave.connect import Peer, meet, meet_again
@@ -38,6 +39,8 @@ def checked(
     dealers: tuple[Peer, ...] | None,
     on_step: OnStep,
     on_notice: Callable[[str], None],
+    *,
+    kept: dict[str, Codes],
 ) -> Iterator[Runnable]:
     """Load `verified` or `masked` for the time of a ``with`` block.
 
@@ -50,6 +53,7 @@ def checked(
         dealers: make masks; none for the enclave's own, None for `verified`.
         on_step: told the fraction done of a named step.
         on_notice: told in a sentence what the user should know.
+        kept: this model's codes as far as they have been read, for masks by the enclave; what is missing is added.
 
     Raises:
         TsqpError: as loading or connecting does.
@@ -62,7 +66,10 @@ def checked(
         stack.callback(exact.close)
         codes: CodesSource = DirectoryCodes(Path(config.codes)) if config.codes else StreamedCodes(exact.session)
         checks = read_codes(
-            packed.manifest, codes, keep=dealers == (), on_progress=lambda done: on_step("reading the codes", done)
+            packed.manifest,
+            codes,
+            kept if dealers == () else None,
+            on_progress=lambda done: on_step("reading the codes", done),
         )
         pool, refill = None, None
         if dealers is not None:
@@ -73,18 +80,15 @@ def checked(
         llama = Llama(packed.config, ExactOps(packed, products, meter))
         shared = shares_cores(worker, link.welcomes[0])
 
-        def look() -> None:
-            if refill is not None:
-                refill.check()
-            exact.look(config.connect_timeout_s)
-
         stepper = Stepper(
             llama,
             groups=step_groups(config, shared_cores=shared),
             pool=pool,
             paused=refill.paused if refill else nullcontext,
             reopen=exact.open_again,
-            look=look,
+            lose=exact.lose,
+            look=lambda: exact.look(config.connect_timeout_s),
+            check=refill.check if refill else lambda: None,
         )
         loaded = replace(taking_turns(llama, meter, cutting(config, shared_cores=shared)), stepper=stepper)
         yield _with_refill(loaded, refill) if refill else loaded

@@ -146,19 +146,20 @@ class EnclaveConfig:
 class EngineConfig:
     """Settings of an engine, which continues many prompts together.
 
-    ``workers``: addresses, of which one is used at a time and the others when it is lost; where there are none,
-    ``EnclaveConfig.worker``. ``worker_keys`` are their public keys in the same order; none means
-    ``EnclaveConfig.worker_key``. ``kv_memory`` is for keys and values, in bytes. ``max_running``: requests that are
-    generated together. ``max_queued``: requests of one API key that wait for room. ``step_tokens``: how many tokens a
-    step computes at most, of prompts and answers together. ``default_tokens``: how long an answer to a chat may be that
-    names no limit; room is taken for all of them. ``reuse_prefixes``: whether beginnings of prompts are found again,
-    within one API key; None means at every level but `masked`.
+    ``workers``: addresses, all of which are used that can be; where there are none, ``EnclaveConfig.worker``.
+    ``worker_keys`` are their public keys in the same order; none means ``EnclaveConfig.worker_key``. ``worker_rows``: a
+    step is divided over one more worker for each so many rows. ``kv_memory`` is for keys and values, in bytes.
+    ``max_running``: requests that are generated together. ``max_queued``: requests of one API key that wait for room.
+    ``step_tokens``: how many tokens a step computes at most, of prompts and answers together. ``default_tokens``: how
+    long an answer to a chat may be that names no limit; room is taken for all of them. ``reuse_prefixes``: whether
+    beginnings of prompts are found again, within one API key; None means at every level but `masked`.
     """
 
     SECTION: typing.ClassVar[str] = "engine"
 
     workers: tuple[str, ...] = _setting((), "TSQP_WORKERS")
     worker_keys: tuple[str, ...] = _setting((), "TSQP_WORKER_KEYS")
+    worker_rows: int = _setting(16, "TSQP_WORKER_ROWS", limits=(1, 1 << 16))
     kv_memory: int = _setting(1 << 30, "TSQP_KV_MEMORY", limits=(1, 1 << 50))
     max_running: int = _setting(64, "TSQP_MAX_RUNNING", limits=(1, 1 << 16))
     max_queued: int = _setting(256, "TSQP_MAX_QUEUED", limits=(1, 1 << 20))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from tsqp.arith.ring import Codes
 from tsqp.checked import checked, expected_worker
 from tsqp.config import EXACT_LEVELS, EnclaveConfig
 from tsqp.enclave.codes import DirectoryCodes, read_codes
@@ -37,12 +38,17 @@ from tsqp.wire import codec
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as a level needs it: its directory and, for integer levels, the enclave's checked part of it."""
+    """A model as a level needs it: its directory and, for integer levels, the enclave's checked part of it.
+
+    ``codes`` are those that have been read and compared with the manifest, for products in this process. All levels
+    that are open at the same time share them; nothing of them is secret.
+    """
 
     directory: Path
     architecture: LlamaConfig
     tokenizer: Tokenizer | None
     packed: PackedEnclave | None
+    codes: dict[str, Codes] = field(default_factory=dict, repr=False, compare=False)
 
 
 def open_model(name: str, level: str, on_step: OnStep = lambda _name, _done: None) -> Model:
@@ -109,7 +115,7 @@ def runnable(
             if model.packed is None:
                 raise InputError("the integer levels need a packed model.")
             dealers = _dealers(config, level, wrap)
-            with checked(model.packed, config, worker, dealers, on_step, on_notice) as loaded:
+            with checked(model.packed, config, worker, dealers, on_step, on_notice, kept=model.codes) as loaded:
                 yield loaded
 
 
@@ -218,7 +224,7 @@ def _local(model: Model, config: EnclaveConfig, on_step: OnStep) -> Runnable:
     if model.packed is not None:
         source = DirectoryCodes(Path(config.codes) if config.codes else model.directory)
         checks = read_codes(
-            model.packed.manifest, source, keep=True, on_progress=lambda done: on_step("reading the codes", done)
+            model.packed.manifest, source, model.codes, on_progress=lambda done: on_step("reading the codes", done)
         )
         products = LocalProducts(checks.codes, torch.get_num_threads())
         llama = Llama(model.architecture, ExactOps(model.packed, products, meter))

@@ -7,15 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.connect import Peer
 from tsqp.enclave.mask_pool import MaskPool
-from tsqp.errors import InputError
+from tsqp.errors import InputError, TsqpError
 from tsqp.meter import Meter
 from tsqp.model.llama import Llama, Rows
-from tsqp.model.overlap import micro_batches
+from tsqp.model.overlap import micro_batches, teams_in_turns
 from tsqp.threads import using_threads
 from tsqp.transport.urls import parse
 from tsqp.wire.messages import Welcome
@@ -43,7 +44,9 @@ class Stepper:
         pool: masks, at `masked`.
         paused: during a ``with`` block the pool is not filled.
         reopen: opens the link to the worker again if it was lost; False where it was not, and something else is.
-        look: raises a ``TsqpError`` where a step would fail: the worker does not answer, or masks cannot be made.
+        lose: takes the link for lost, so that ``reopen`` opens it; it was found out otherwise that nobody answers.
+        look: raises a ``TsqpError`` where the worker does not answer.
+        check: raises one where masks cannot be made.
     """
 
     llama: Llama
@@ -52,14 +55,22 @@ class Stepper:
     pool: MaskPool | None = None
     paused: Callable[[], AbstractContextManager[None]] = nullcontext
     reopen: Callable[[], bool] = lambda: False
+    lose: Callable[[], None] = lambda: None
     look: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
 
-    def run(self, parts: Sequence[Rows]) -> list[Tensor]:
-        """See ``Llama.run``."""
-        rows = max(len(part.ids_M) for part in parts)
-        few = rows < _TOKENS_WORTH_THREADS and not self.own_products
-        with self.paused(), using_threads(1) if few else nullcontext():
-            return self.llama.run(parts)
+
+@torch.inference_mode()
+def run_together(work: Sequence[tuple[Stepper, Sequence[Rows]]]) -> list[list[Tensor] | TsqpError]:
+    """Compute a step: the parts of each stepper on its own worker, all at the same time.
+
+    Returns:
+        For each stepper float32 logits of each part's kept rows, shape (R, V), or why nothing of it can be used.
+    """
+    rows = max(len(part.ids_M) for _, parts in work for part in parts)
+    few = rows < _TOKENS_WORTH_THREADS and not any(stepper.own_products for stepper, _ in work)
+    with using_threads(1) if few else nullcontext():
+        return teams_in_turns([stepper.llama.team(parts) for stepper, parts in work])
 
 
 @dataclass(frozen=True, slots=True)

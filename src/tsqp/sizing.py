@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tsqp.config import EXACT_LEVELS, EnclaveConfig, EngineConfig
-from tsqp.engine.memory import memory, most_rows
+from tsqp.engine.memory import memory, most_rows, worker_count
 from tsqp.errors import ConfigError
 from tsqp.model.architecture import LinearGroup, LlamaConfig, linear_groups
 
@@ -38,6 +38,8 @@ _GRAMINE_THREADS = 3
 _OWN_THREADS = 4
 # Two for a link's context, of one to a worker and one to each dealer or from clients of the worker.
 _THREADS_PER_LINK = 2
+# Each further worker has a thread that refills its pool; beside all of them one asks how they are, over one more link.
+_THREADS_OF_HEALTH = 1 + _THREADS_PER_LINK
 # Python's default for work beside an event loop is 4 more than the cores, at most 32: the host's are not known.
 _THREADS_OF_ASYNCIO = 32
 # Threads that compute in teams of their own: the main one, the engine, the one that refills.
@@ -73,7 +75,7 @@ def enclave_size(
     Args:
         architecture: the model's.
         config: level, dtype, dealers and the mask pool's settings.
-        engine: keys and values, and how many requests run together.
+        engine: keys and values, how many requests run together, and how many workers.
         threads: that compute, at least 1.
         embedding_item_bytes: of a number in the stored embedding table.
         packed: whether a model at `local` is a packed one; at `verified` and `masked` it always is.
@@ -84,14 +86,21 @@ def enclave_size(
     if config.level not in LEVELS:
         raise ConfigError(f"no enclave runs at the level {config.level}: choose one of {', '.join(LEVELS)}.")
     room = memory(architecture, config, engine)
-    links = 1 + len(config.dealers)
+    workers = worker_count(config, engine)
+    links, more = workers * (1 + len(config.dealers)), workers - 1
     max_threads = _rounded(
-        _GRAMINE_THREADS + _OWN_THREADS + _THREADS_PER_LINK * links + _THREADS_OF_ASYNCIO + (_TEAMS + 1) * (threads - 1)
+        _GRAMINE_THREADS
+        + _OWN_THREADS
+        + _THREADS_PER_LINK * links
+        + _THREADS_OF_ASYNCIO
+        + (_TEAMS + 1) * (threads - 1)
+        + more * threads
+        + (_THREADS_OF_HEALTH + threads - 1 if more else 0)
     )
     parts = {
         "libraries": _LIBRARIES_BYTES,
         "tokenizer": architecture.vocab_size * _TOKENIZER_BYTES_PER_TOKEN,
-        **_of_model(architecture, config, embedding_item_bytes, packed=packed or config.level in EXACT_LEVELS),
+        **_of_model(architecture, config, embedding_item_bytes, workers, packed=packed or config.level in EXACT_LEVELS),
         "keys and values": room.cache_bytes,
         "masks": room.mask_bytes,
         "a step": _of_step(architecture, config, engine),
@@ -105,7 +114,7 @@ def enclave_size(
 
 
 def _of_model(
-    architecture: LlamaConfig, config: EnclaveConfig, embedding_item_bytes: int, *, packed: bool
+    architecture: LlamaConfig, config: EnclaveConfig, embedding_item_bytes: int, workers: int, *, packed: bool
 ) -> dict[str, int]:
     """Return what of the model lies in the enclave, and what loading takes beside it."""
     groups = linear_groups(architecture)
@@ -117,8 +126,8 @@ def _of_model(
     if not packed:
         item = _WORD_BYTES if config.dtype == "float32" else _WORD_BYTES // 2
         return {"weights": item * (codes + embedding), "loading": (item + _WORD_BYTES) * largest}
-    # Scales, biases and norms are some hundredths of the checks.
-    checks = _CHECK_BYTES * sum(group.rows + group.in_features for group in groups)
+    # Scales, biases and norms are some hundredths of the checks. Each worker has vectors of its own; codes are shared.
+    checks = workers * _CHECK_BYTES * sum(group.rows + group.in_features for group in groups)
     keeps = config.level == "local" or (config.level == "masked" and not config.dealers)
     return {
         "embedding table": embedding_item_bytes * embedding,

@@ -86,7 +86,7 @@ EDITS: dict[str, Edit] = {
 
 
 def read(material: Material, peer: HostilePeer) -> None:
-    read_codes(material.packed.manifest, StreamedCodes(met(material, peer, "exact")), keep=True)
+    read_codes(material.packed.manifest, StreamedCodes(met(material, peer, "exact")), {})
 
 
 def assert_nothing_else_was_asked(material: Material, peer: HostilePeer, group: str) -> None:

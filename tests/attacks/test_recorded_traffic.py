@@ -37,7 +37,7 @@ def bundled(bundled_packed: Path) -> Material:
 
 @pytest.fixture(scope="module")
 def bundled_checks(bundled: Material) -> Checks:
-    return read_codes(bundled.packed.manifest, DirectoryCodes(bundled.directory), keep=True)
+    return read_codes(bundled.packed.manifest, DirectoryCodes(bundled.directory), {})
 
 
 def assert_nothing_leaks(rig: Rig, plaintext: Plaintext, ids: list[int]) -> None:

@@ -16,7 +16,7 @@ from workers import free_port
 
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import Engine, Failed, Finished, Generation, PromptRead, Sampling
-from tsqp.engine.loop import open_engine
+from tsqp.engine.opening import open_engine
 from tsqp.errors import TransportError
 from tsqp.launch import local_worker
 from tsqp.levels import open_model

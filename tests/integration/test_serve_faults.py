@@ -23,7 +23,8 @@ from real_serving import MODEL, served_engine, speaking_checkpoint
 from workers import free_port, packed_tiny
 
 from tsqp.config import EnclaveConfig, EngineConfig
-from tsqp.engine.loop import GenerationEngine, open_engine
+from tsqp.engine.loop import GenerationEngine
+from tsqp.engine.opening import open_engine
 from tsqp.launch import local_worker
 from tsqp.levels import open_model
 from tsqp.paths import private_socket_directory

@@ -16,7 +16,8 @@ from workers import StartWorker
 
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import Finished, Generation, Sampling
-from tsqp.engine.loop import GenerationEngine, open_engine
+from tsqp.engine.loop import GenerationEngine
+from tsqp.engine.opening import open_engine
 from tsqp.levels import open_model
 from tsqp.loaded import Stepper
 from tsqp.model.architecture import linear_groups

@@ -22,8 +22,9 @@ from soak.holdings import Watch, holdings  # noqa: E402
 from soak.orders import MODEL, Order, Ready  # noqa: E402
 
 from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig, ServeConfig, load  # noqa: E402
-from tsqp.engine.loop import GenerationEngine, open_engine  # noqa: E402
+from tsqp.engine.loop import GenerationEngine  # noqa: E402
 from tsqp.engine.memory import cache_bytes  # noqa: E402
+from tsqp.engine.opening import open_engine  # noqa: E402
 from tsqp.launch import local_worker  # noqa: E402
 from tsqp.levels import Model, open_model  # noqa: E402
 from tsqp.model.architecture import linear_groups  # noqa: E402

@@ -34,10 +34,10 @@ def shape(name: str) -> LlamaConfig:
     return parse_config({**SHAPES[name], **own}, name)
 
 
-def sized(name: str, level: str, *, threads: int = 4, **settings: Any) -> EnclaveSize:
+def sized(name: str, level: str, *, threads: int = 4, engine: EngineConfig = ENGINE, **settings: Any) -> EnclaveSize:
     config = EnclaveConfig(level=level, **settings)
     item = 4 if name == "135M" else 2
-    return enclave_size(shape(name), config, ENGINE, threads=threads, embedding_item_bytes=item)
+    return enclave_size(shape(name), config, engine, threads=threads, embedding_item_bytes=item)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,17 @@ def test_the_engines_memory_is_what_the_engine_says() -> None:
 def test_each_thread_that_computes_needs_room_in_every_team() -> None:
     assert sized("1B", "masked", threads=12).max_threads - sized("1B", "masked", threads=4).max_threads == 32
     assert sized("1B", "masked", threads=1).max_threads >= 3 + 4 + 2 + 32
+
+
+def test_each_further_worker_has_checks_masks_links_and_threads_of_its_own_and_no_codes() -> None:
+    one, three = sized("135M", "masked"), sized("135M", "masked", engine=EngineConfig(workers=("a:1", "b:1", "c:1")))
+    assert three.parts["checks"] == 3 * one.parts["checks"]
+    assert three.parts["masks"] == 3 * one.parts["masks"]
+    assert three.parts["codes"] == one.parts["codes"]
+    assert three.parts["a step"] == one.parts["a step"]
+    # Two links, two threads that refill with a team each, and one with a team and a link that asks how they are: 18.
+    assert three.max_threads - one.max_threads == 16
+    assert one.max_threads == 56  # of which it needs 49
 
 
 def test_floats_of_two_bytes_take_half() -> None:

@@ -24,7 +24,8 @@ from tsqp.bench.decode_watch import TimedOps, Watch
 from tsqp.bench.monolithic import Monolithic
 from tsqp.enclave.mask_pool import MaskPool
 from tsqp.engine.api import Generation, Sampling
-from tsqp.engine.loop import GenerationEngine, open_engine
+from tsqp.engine.loop import GenerationEngine
+from tsqp.engine.opening import open_engine
 from tsqp.errors import InternalError
 from tsqp.levels import open_model
 from tsqp.wire import codec

@@ -95,8 +95,8 @@ def _run(enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig, *, w
 
 def _started(enclave: EnclaveConfig, engine: EngineConfig, stack: ExitStack) -> tuple[Engine, ServedModel, ViewSource]:
     """Open the model, start the demonstration worker and the engine; the stack ends them in reverse."""
-    from tsqp.engine.loop import open_engine
     from tsqp.engine.memory import memory
+    from tsqp.engine.opening import open_engine
     from tsqp.levels import open_model
     from tsqp.model.locate import model_name
     from tsqp.serve.demo import demo_worker

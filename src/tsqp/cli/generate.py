@@ -92,8 +92,8 @@ def generate(
 def _run(
     enclave: EnclaveConfig, prompt: str, sampling: Sampling, *, max_tokens: int, stop: tuple[str, ...], chat: bool
 ) -> None:
-    from tsqp.engine.loop import open_engine
     from tsqp.engine.memory import memory
+    from tsqp.engine.opening import open_engine
     from tsqp.levels import check_peers, open_model
 
     threads = set_threads(enclave.threads)

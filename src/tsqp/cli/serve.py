@@ -64,6 +64,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Public key of each worker, in order: NAME.key or its text.", show_default="links in clear"),
     ] = None,
+    worker_rows: Annotated[
+        int | None,
+        typer.Option(help="Several workers: use one more for each so many rows of a step.", show_default="16"),
+    ] = None,
     own_key: Annotated[
         str | None,
         typer.Option(
@@ -175,6 +179,7 @@ def serve(
         engine = {
             "workers": tuple(worker) if worker else None,
             "worker_keys": tuple(worker_key) if worker_key else None,
+            "worker_rows": worker_rows,
             "kv_memory": kv_memory,
             "max_running": max_running,
             "max_queued": max_queued,
@@ -244,7 +249,7 @@ def _identity(served: ServeConfig) -> Identity | None:
 
 def _check_peers(enclave: EnclaveConfig, engine: EngineConfig) -> None:
     """Refuse workers and dealers that cannot work, and say what the worker and the network can read."""
-    from tsqp.engine.workers import one_each
+    from tsqp.engine.addresses import one_each
     from tsqp.transport.urls import parse
 
     each = one_each(enclave, engine)
@@ -261,8 +266,8 @@ def _loaded(
     enclave: EnclaveConfig, engine: EngineConfig, served: ServeConfig, identity: Identity | None, stack: ExitStack
 ) -> tuple[Engine, ServedModel]:
     """Open the model, start a worker where none is given, and the engine; the stack ends them in reverse."""
-    from tsqp.engine.loop import open_engine
     from tsqp.engine.memory import memory
+    from tsqp.engine.opening import open_engine
     from tsqp.launch import own_worker
     from tsqp.levels import digest_of, open_model
     from tsqp.model.locate import model_name

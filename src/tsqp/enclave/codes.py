@@ -94,24 +94,28 @@ class Checks:
 
 @torch.inference_mode()
 def read_codes(
-    manifest: Manifest, source: CodesSource, *, keep: bool, on_progress: Callable[[float], None] = lambda _done: None
+    manifest: Manifest,
+    source: CodesSource,
+    kept: dict[str, Codes] | None = None,
+    on_progress: Callable[[float], None] = lambda _done: None,
 ) -> Checks:
     """Read all codes once.
 
     Args:
         manifest: what they must be.
         source: who has them.
-        keep: whether to keep them, for products in this process.
+        kept: keep them, for products in this process: those that this has not are added once they are known to be the
+            manifest's, and those that it has stay, as they are the same; None keeps nothing.
         on_progress: told the fraction done.
 
     Raises:
         IntegrityError: they are others than the manifest's.
         TransportError, ProtocolError, WeightsError: the source fails.
     """
-    checks = Checks({}, {})
+    checks = Checks({}, {} if kept is None else kept)
     for done, group in enumerate(manifest.groups):
         checker = Checker(group.name, group.rows, group.in_features)
-        codes_NK = torch.empty(group.rows, group.in_features, dtype=torch.int8) if keep else None
+        codes_NK = torch.empty(group.rows, group.in_features, dtype=torch.int8) if _lacks(kept, group) else None
         digest, first = hashlib.sha256(), 0
         for codes_RK in source.rows(group):
             if codes_RK.dtype != torch.int8 or codes_RK.shape[1:] != (group.in_features,):
@@ -130,6 +134,10 @@ def read_codes(
             checks.codes[group.name] = lay_out(codes_NK)
         on_progress((done + 1) / len(manifest.groups))
     return checks
+
+
+def _lacks(kept: dict[str, Codes] | None, group: PackedGroup) -> bool:
+    return kept is not None and group.name not in kept
 
 
 def _other_codes(group: PackedGroup, source: CodesSource, found: str) -> IntegrityError:

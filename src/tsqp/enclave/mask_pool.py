@@ -63,17 +63,19 @@ def largest_pool(groups: Sequence[LinearGroup], limit_bytes: int) -> int:
     return rows
 
 
-def check_pool_fits(groups: Sequence[LinearGroup], rows: int, limit_bytes: int) -> None:
-    """Refuse a pool that is larger than the memory it may take.
+def check_pool_fits(groups: Sequence[LinearGroup], rows: int, limit_bytes: int, workers: int = 1) -> None:
+    """Refuse a pool that is larger than the memory it may take, where so many workers have one each.
 
     Raises:
         ConfigError: it is.
     """
     needed = peak_bytes(groups, rows)
+    limit_bytes //= workers
     if needed > limit_bytes:
+        shared = f" for each of {workers} workers" if workers > 1 else ""
         raise ConfigError(
             f"a mask pool of {rows} rows takes {needed / 1e6:.1f} MB with this model; --mask-memory allows "
-            f"{limit_bytes / 1e6:.1f} MB, which is about {largest_pool(groups, limit_bytes)} rows. "
+            f"{limit_bytes / 1e6:.1f} MB{shared}, which is about {largest_pool(groups, limit_bytes)} rows. "
             "Lower --mask-pool or raise --mask-memory."
         )
 
@@ -110,7 +112,7 @@ class MaskPool:
         meter: Meter,
     ) -> None:
         check_pool_fits(groups, rows, limit_bytes)
-        self._groups, self._rows, self._limit_bytes = groups, rows, limit_bytes
+        self._groups = groups
         self._order = [group.name for group in groups]
         self._numbers = {name: number for number, name in enumerate(self._order)}
         self._step = {group.name: _step_rows(group) for group in groups}
@@ -129,19 +131,30 @@ class MaskPool:
     def __reduce__(self) -> tuple[object, ...]:
         raise MaskReuseError("a pool of masks is key material: it lives in memory only and cannot be stored.")
 
-    def keep_head(self, rows: int) -> None:
-        """Keep so many rows of the head ready from now on: generation takes one for each token, not for each prompt.
+    @torch.inference_mode()
+    def resize(self, rows: int, head_rows: int, limit_bytes: int) -> None:
+        """Keep products ready for so many tokens from now on; what is held beyond that is thrown away, and stays burnt.
+
+        Args:
+            rows: of each group but the head.
+            head_rows: of the head: generation takes one for each token, not for each prompt.
+            limit_bytes: memory that products may take.
 
         Raises:
             ConfigError: the pool would take more than it may.
         """
-        needed = peak_bytes(self._groups, self._rows, rows)
-        if needed > self._limit_bytes:
+        needed = peak_bytes(self._groups, rows, head_rows)
+        if needed > limit_bytes:
             raise ConfigError(
-                f"a mask pool of {self._rows} rows with {rows} of the head takes {needed / 1e6:.1f} MB; it may take "
-                f"{self._limit_bytes / 1e6:.1f} MB."
+                f"a mask pool of {rows} rows with {head_rows} of the head takes {needed / 1e6:.1f} MB; it may take "
+                f"{limit_bytes / 1e6:.1f} MB."
             )
-        self._targets = pool_rows(self._groups, self._rows, rows)
+        with self._lock:
+            self._targets = pool_rows(self._groups, rows, head_rows)
+            for name, target in self._targets.items():
+                kept = self._take_ready(name, target)
+                self._ready[name].clear()
+                self._ready[name].extend(MaskRows(part.first, _compact(part.u_MN), part.r_MK) for part in kept)
 
     @property
     def peers(self) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ class ExactWorker:
             try:
                 return self.session.room(spec, kept=self._retries > 0)
             except TransportError:
-                self._lose()
+                self.lose()
         x_MK = torch.empty(spec.shape, dtype=torch.int32)
         return x_MK, codec.frame_of(x_MK)
 
@@ -133,7 +133,7 @@ class ExactWorker:
                     sent = self._send(request)
                 return self._received(request, sent)
             except TransportError:  # noqa: PERF203  one try for each attempt
-                self._lose()
+                self.lose()
                 if not left:
                     raise
         raise InternalError(f"linear {request.group}: no attempt was made.")
@@ -150,7 +150,7 @@ class ExactWorker:
             number = self.session.submit(lambda i: header(id=i), [request.frame], f"linear {request.group}")
             return _Sent(self.session, number)
         except TransportError:
-            self._lose()
+            self.lose()
             raise
 
     def open_again(self) -> bool:
@@ -176,10 +176,11 @@ class ExactWorker:
         try:
             self.session.hello(timeout_s)
         except TransportError:
-            self._lose()
+            self.lose()
             raise
 
-    def _lose(self) -> None:
+    def lose(self) -> None:
+        """Close the link, until it is opened again: nobody answers there, or what comes is of no use."""
         if not self._lost:
             self.session.close()
             self._lost = True

@@ -193,7 +193,8 @@ class EngineStats:
         pool_held, pool_wanted: rows of mask products, over all linears; 0 where nothing is masked.
         bytes_sent, bytes_received: over the link to the worker.
         integrity_failures: how often a worker or dealer gave a wrong product or sent what it must not.
-        workers, workers_usable: how many were given, and can be used now: the one in use, and those that answer.
+        workers, workers_usable: how many were given, and are in use now.
+        each_worker: of each its address, whether it is in use, and how many rows it has computed.
         seconds: by part. worker, wire: that the enclave waited for them; enclave: the rest of the steps, of which
             attention, quantise, mask, check, ahead and mask_wait are parts; sampling: between steps; mask_fill: in
             idle time.
@@ -218,6 +219,7 @@ class EngineStats:
     integrity_failures: int
     workers: int
     workers_usable: int
+    each_worker: tuple[tuple[str, bool, int], ...] = ()
     seconds: dict[str, float]
     ready: bool
     reason: str = ""

@@ -1,93 +1,133 @@
-"""Workers that stand by are asked whether they could be used, before one of them is needed."""
+"""A thread that asks an engine's workers how they are, and brings back those that are not in use, while others work."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
+
+import torch
 
 from tsqp.config import EnclaveConfig
 from tsqp.enclave.connect import meet
 from tsqp.enclave.session import Expected
 from tsqp.enclave.waiting import Impatient
-from tsqp.errors import TsqpError
+from tsqp.engine.replica import Replica
+from tsqp.errors import TransportError, TsqpError
 from tsqp.levels import Model, expected_of, worker_peer
 from tsqp.wire import messages
 
 _log = logging.getLogger(__name__)
 
 _CHECK_S = 5.0
+_POLL_S = 0.1
 
 
 class Health:
-    """A thread that asks each worker on standby who it is and how much waits there, over a link of its own.
+    """Asks each worker who it is and how much waits there, over a link of its own; where there is one only, does not.
 
     Nothing that depends on a prompt or a secret is sent, and what comes is believed for order and display only: who is
-    taken into use is met anew and checked.
+    taken into use is met anew and checked. One worker is opened at a time.
 
     Args:
         model: what all serve.
-        configs: the settings for each worker.
-        standby: returns the numbers of those that are not in use and may be.
+        replicas: returns the workers.
+        bring_back: makes one that is away ready for use, or says why not; given a function that tells whether to stop.
+        sweep: closes what nobody will use again.
     """
 
-    def __init__(self, model: Model, configs: Sequence[EnclaveConfig], standby: Callable[[], AbstractSet[int]]) -> None:
-        self._model, self._configs, self._standby = model, configs, standby
+    def __init__(
+        self,
+        model: Model,
+        replicas: Callable[[], Sequence[Replica]],
+        bring_back: Callable[[Replica, Callable[[], bool]], None],
+        sweep: Callable[[], None],
+    ) -> None:
+        self._model, self._replicas, self._bring_back, self._sweep = model, replicas, bring_back, sweep
         self._expected: Expected | None = None
-        # How many requests wait there, by the number of each that answered last time; the others' reasons.
-        self._waiting: dict[int, int] = {}
-        self._reasons: dict[int, str] = {}
+        self._threads = torch.get_num_threads()
+        self._changed = threading.Condition()
+        # How many rounds have begun and ended, and whether the next one is not to be waited for.
+        self._begun = self._ended = 0
+        self._woken = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tsqp-health", daemon=True)
 
-    def start(self) -> None:
-        """Ask from now on."""
-        self._thread.start()
-
     @property
-    def answering(self) -> frozenset[int]:
-        """Which of those on standby answered as they should when they were asked last."""
-        return frozenset(self._waiting.copy())
+    def is_running(self) -> bool:
+        """Whether workers are asked, and brought back without the engine's doing."""
+        return self._thread.ident is not None
 
-    def order(self, at: int) -> tuple[bool, int]:
-        """Return what sorts workers: those that answer first, and the one first where least waits."""
-        waiting = self._waiting.get(at)
-        return waiting is None, waiting or 0
+    def start(self) -> None:
+        """Ask from now on. May be called again."""
+        if not self.is_running:
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Ask now."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    def wait_for_round(self, is_over: Callable[[], bool]) -> None:
+        """Wait until all have been asked from now on, or one is ready for use, or it is over."""
+        self.wake()
+        with self._changed:
+            last = self._begun + 1
+            while not (self._ended >= last or self._over.is_set() or is_over()):
+                if any(replica.state == "ready" for replica in self._replicas()):
+                    return
+                self._changed.wait(_POLL_S)
 
     def close(self) -> None:
-        """Ask no more. What is being asked is given up soon."""
+        """Ask no more. What is being asked or opened is given up soon."""
         self._over.set()
-        if self._thread.ident is not None:
+        self.wake()
+        if self.is_running:
             self._thread.join()
 
     def _work(self) -> None:
+        torch.set_num_threads(self._threads)
         while not self._over.is_set():
-            standby = self._standby()
-            for at in range(len(self._configs)):
-                if self._over.is_set():
-                    return
-                if at in standby:
-                    self._check(at)
-                else:
-                    self._waiting.pop(at, None)
-                    self._reasons.pop(at, None)
-            self._over.wait(_CHECK_S)
+            with self._changed:
+                self._begun += 1
+                self._woken = False
+            try:
+                self._round()
+            except Exception as error:  # noqa: BLE001  a bug here must not end the asking
+                _log.error("asking workers failed (%s)", type(error).__name__)
+            with self._changed:
+                self._ended = self._begun
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._woken or self._over.is_set(), _CHECK_S)
 
-    def _check(self, at: int) -> None:
+    def _round(self) -> None:
+        self._sweep()
+        for replica in sorted(self._replicas(), key=Replica.order):
+            if self._over.is_set():
+                return
+            if replica.state == "lied" or replica.retired:
+                continue
+            self._check(replica)
+            if replica.state == "away" and replica.silence is None:
+                self._bring_back(replica, lambda replica=replica: self._over.is_set() or replica.retired)  # type: ignore[misc]
+
+    def _check(self, replica: Replica) -> None:
         try:
-            waiting = self._ask(self._configs[at])
+            waiting = self._ask(replica.config)
         except Exception as error:  # noqa: BLE001  a bug here must not end the asking
-            self._waiting.pop(at, None)
             reason = str(error) if isinstance(error, TsqpError) else f"asking it failed ({type(error).__name__})."
-            if self._reasons.get(at) != reason and not self._over.is_set():
-                self._reasons[at] = reason
-                _log.warning("worker %s stands by and cannot be used: %s", self._configs[at].worker, reason)
+            told = str(replica.silence) if replica.silence else ""
+            # Whatever came, it is no lie in anything that was used.
+            replica.waiting, replica.silence = None, TransportError(reason)
+            if replica.state == "away":
+                replica.error = replica.silence
+            if told != reason and not self._over.is_set():
+                _log.warning("worker %s cannot be used: %s", replica.name, reason)
             return
-        if at not in self._waiting:
-            _log.info("worker %s stands by and can be used", self._configs[at].worker)
-        self._reasons.pop(at, None)
-        self._waiting[at] = waiting
+        if replica.waiting is None:
+            _log.info("worker %s answers", replica.name)
+        replica.waiting, replica.silence = waiting, None
 
     def _ask(self, config: EnclaveConfig) -> int:
         """Return how many requests wait at a worker, by its own account.

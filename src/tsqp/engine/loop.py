@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from tsqp.config import EnclaveConfig, EngineConfig
+from tsqp.config import EngineConfig
 from tsqp.engine.active import Active
 from tsqp.engine.api import (
     ClosingError,
@@ -26,16 +24,17 @@ from tsqp.engine.api import (
 )
 from tsqp.engine.blocks import BlockPool, PrefixCache
 from tsqp.engine.costs import Costs
-from tsqp.engine.memory import cache_blocks, chunk_tokens, memory
+from tsqp.engine.memory import cache_blocks, chunk_tokens
 from tsqp.engine.sampling import Sampler, prompt_logprobs
-from tsqp.engine.scheduler import Scheduler, Segment, split
+from tsqp.engine.scheduler import Scheduler, Segment
+from tsqp.engine.shares import rows_of
 from tsqp.engine.text import TextStream
-from tsqp.engine.workers import Revive, Workers, one_each
-from tsqp.errors import InputError, InternalError, TransportError, TsqpError, WeightsError, bare
-from tsqp.levels import Model
-from tsqp.loaded import OnStep, Stepper
+from tsqp.engine.workers import Outcome, Workers
+from tsqp.errors import HostileError, InputError, InternalError, TransportError, TsqpError, bare
+from tsqp.loaded import Stepper
 from tsqp.model.architecture import LlamaConfig
 from tsqp.model.attention import BLOCK_TOKENS
+from tsqp.model.llama import Rows
 from tsqp.model.paged_cache import PagedCache, SequencePart
 from tsqp.model.tokenizer import Tokenizer
 
@@ -50,7 +49,7 @@ class GenerationEngine:
     """Continues prompts of many requests together. See ``api.Engine``.
 
     Args:
-        workers: compute steps; one is in use.
+        workers: compute steps.
         architecture: the model's.
         tokenizer: the model's.
         settings: of memory and numbers of requests.
@@ -143,7 +142,7 @@ class GenerationEngine:
         """See ``api.Engine``."""
         meter, costs = self._workers.meter(), self._costs
         held, wanted = self._workers.pool()
-        workers_usable = self._workers.usable()
+        workers_usable, each_worker = self._workers.usable(), self._workers.states()
         with self._changed:
             return EngineStats(
                 running=self._scheduler.running,
@@ -163,6 +162,7 @@ class GenerationEngine:
                 integrity_failures=self._workers.lies,
                 workers=self._workers.count,
                 workers_usable=workers_usable,
+                each_worker=each_worker,
                 seconds=costs.seconds(self._cache.attention_ns / 1e9, meter.mask_fill_ns / 1e9),
                 ready=self._broken is None and not self._closing,
                 reason=str(self._broken or ("closing" if self._closing else "")),
@@ -178,7 +178,7 @@ class GenerationEngine:
                 self._changed.wait(left)
             for request in list(self._active.values()):
                 self._cancel(request)
-            self._workers.given_up.set()
+            self._workers.stop()
         self._thread.join()
 
     def _work(self) -> None:
@@ -204,6 +204,11 @@ class GenerationEngine:
             if self._is_over:
                 return
             self._workers.given_up.clear()
+        if self._workers.settle():
+            with self._changed:
+                self._costs.leave_out(self._workers.meter())
+                self._broken = self._broken or self._workers.nobody()
+        with self._changed:
             segments = () if self._broken else self._scheduler.plan()
             self._stepping = bool(segments)
         if self._broken:
@@ -211,30 +216,58 @@ class GenerationEngine:
         elif segments:
             self._step(segments)
         elif is_idle:
-            self._workers.look()
-            with self._changed:
-                self._costs.leave_out(self._workers.meter())
+            self._look()
+
+    def _look(self) -> None:
+        self._workers.look()
+        broken = self._workers.nobody()
+        with self._changed:
+            self._broken = broken
+            self._costs.leave_out(self._workers.meter())
 
     def _step(self, segments: Sequence[Segment]) -> None:
-        stepper = self._workers.stepper
-        groups = split(segments, stepper.groups)
-        parts = [
-            self._cache.rows([SequencePart(each.ids, each.first, each.blocks, each.wants) for each in group])
-            for group in groups
-        ]
         started = time.perf_counter()
-        logits = stepper.run(parts)
+        outcomes = self._workers.compute(segments, self._rows)
         computed = time.perf_counter()
+        broken = self._workers.nobody()
         with self._changed:
-            for group, logits_RV in zip(groups, logits, strict=True):
-                done = 0
-                for segment in group:
-                    kept = {"none": 0, "last": 1, "all": segment.count}[segment.wants]
-                    self._advance(segment, logits_RV[done : done + kept])
-                    done += kept
-            rows = sum(segment.count for segment in segments)
-            self._costs.add(rows, computed - started, time.perf_counter() - computed, self._workers.meter())
+            self._broken = broken
+            rows = sum(self._use_share(outcome) for outcome in outcomes)
+            if rows:
+                self._costs.add(rows, computed - started, time.perf_counter() - computed, self._workers.meter())
+            else:
+                self._costs.leave_out(self._workers.meter())
             self._changed.notify_all()
+
+    def _rows(self, group: Sequence[Segment]) -> Rows:
+        return self._cache.rows([SequencePart(each.ids, each.first, each.blocks, each.wants) for each in group])
+
+    def _use_share(self, outcome: Outcome) -> int:
+        """Take one worker's logits, or end or repeat who wanted them; return how many rows were computed."""
+        segments = [segment for group in outcome.groups for segment in group]
+        if isinstance(outcome.result, TsqpError):
+            shared = (self._active.get(segment.number) for segment in segments)
+            self._lose([request for request in shared if request], bare(outcome.result))
+            return 0
+        for group, logits_RV in zip(outcome.groups, outcome.result, strict=True):
+            done = 0
+            for segment in group:
+                kept = {"none": 0, "last": 1, "all": segment.count}[segment.wants]
+                self._advance(segment, logits_RV[done : done + kept])
+                done += kept
+        return rows_of(segments)
+
+    def _lose(self, requests: Sequence[Active], error: TsqpError) -> None:
+        """End those whose products were lost together, but where only a link failed: they are computed again.
+
+        That is by whoever is found, as long as it may be. After a lie what is to be reused is thrown away too.
+        """
+        if isinstance(error, HostileError) and self._prefixes is not None:
+            self._prefixes.clear()
+        lost = error if isinstance(error, TransportError) and not isinstance(self._broken, HostileError) else None
+        for request in requests:
+            if not (lost and request.may_repeat(lost)):
+                self._fail(request, error)
 
     def _advance(self, segment: Segment, logits_RV: Tensor) -> None:
         request = self._active.get(segment.number)
@@ -301,25 +334,21 @@ class GenerationEngine:
         request.tell(Finished(reason, text, prompt, request.generated))
 
     def _fail_all(self, error: TsqpError) -> None:
-        """End every request that has started: products that were computed together failed together.
+        """End every request that has started, as nothing of a step can be used.
 
-        But where only a link failed their step is computed again, by whoever is found, as long as it may be. Those that
-        wait have used nothing of what failed, and go on waiting; but where nobody has started, nobody can.
+        Those that wait have used nothing of what failed, and go on waiting; but where nobody has started, nobody can.
         """
-        broken = self._workers.blame(error)
-        lost = error if isinstance(error, TransportError) and isinstance(broken, TransportError) else None
+        broken = self._workers.nobody()
         with self._changed:
             self._broken = broken
             begun = [each for each in self._active.values() if not self._scheduler.waits(each.number)]
-            for request in begun or ([] if broken else list(self._active.values())):
-                if not (lost and request.may_repeat(lost)):
-                    self._fail(request, error)
+            self._lose(begun or ([] if broken else list(self._active.values())), error)
             self._changed.notify_all()
 
     def _recover(self) -> None:
         """Go on with a worker that can be used, sooner or later; until then, tell everybody why there is none."""
         try:
-            opened_anew = self._workers.recover(lambda: self._is_over)
+            self._workers.recover(lambda: self._is_over)
         except TsqpError as error:
             with self._changed:
                 self._broken = bare(error)
@@ -329,51 +358,5 @@ class GenerationEngine:
                     self._changed.wait(_RETRY_S)
             return
         with self._changed:
-            if opened_anew and self._prefixes is not None:
-                self._prefixes.clear()  # computed with another worker, perhaps one that lied
             self._costs.leave_out(self._workers.meter())  # what failed, and opening
             self._broken = None
-
-
-@contextmanager
-def open_engine(
-    model: Model,
-    config: EnclaveConfig,
-    settings: EngineConfig | None = None,
-    *,
-    on_step: OnStep = lambda _name, _done: None,
-    on_notice: Callable[[str], None] = lambda _sentence: None,
-    revive: Revive | None = None,
-) -> Iterator[GenerationEngine]:
-    """Load a model at its level and run an engine for the time of a ``with`` block.
-
-    Args:
-        model: from ``levels.open_model``.
-        config: level, worker, masks.
-        settings: workers, memory, numbers of requests; by default one worker, that of ``config``.
-        on_step: told the fraction done of a named step.
-        on_notice: told in a sentence what the user should know, also later, when another worker is used.
-        revive: see ``Workers``.
-
-    Raises:
-        TsqpError: as loading or connecting does, where no worker can be used.
-        WeightsError: the model has no tokenizer.
-        ConfigError: the level cannot generate, or the settings do not fit together.
-    """
-    if model.tokenizer is None:
-        raise WeightsError("a model without tokenizer.json cannot generate text.")
-    settings = settings or EngineConfig()
-    sizes = memory(model.architecture, config, settings)
-    if config.level == "masked":
-        config = replace(config, mask_pool=sizes.mask_rows)
-    reuse = settings.reuse_prefixes or ("off" if config.level == "masked" else "on")
-    with ExitStack() as stack:
-        each = one_each(config, settings)
-        workers = stack.enter_context(closing(Workers(model, each, sizes.head_rows, on_notice, revive)))
-        workers.open(on_step)
-        workers.watch()
-        yield stack.enter_context(
-            closing(
-                GenerationEngine(workers, model.architecture, model.tokenizer, settings, reuse_prefixes=reuse == "on")
-            )
-        )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tsqp.config import EnclaveConfig, EngineConfig
+from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig
 from tsqp.enclave.mask_pool import check_pool_fits, peak_bytes
 from tsqp.errors import ConfigError
 from tsqp.model.architecture import LlamaConfig, linear_groups
@@ -22,8 +22,8 @@ class Memory:
 
     Attributes:
         cache_bytes, cache_tokens: keys and values, and for how many tokens.
-        mask_bytes: mask products, at most; 0 where nothing is masked, as the next two.
-        mask_rows: for how many tokens a step finds its masks ready.
+        mask_bytes: mask products for all workers, at most; 0 where nothing is masked, as the next two.
+        mask_rows: for how many tokens a step finds its masks ready at each worker.
         head_rows: of how many of them the head's too.
     """
 
@@ -37,6 +37,22 @@ class Memory:
         cache = f"keys and values {self.cache_bytes / 1e6:.1f} MB ({self.cache_tokens} tokens)"
         masks = f", masks {self.mask_bytes / 1e6:.1f} MB ({self.mask_rows} tokens)" if self.mask_bytes else ""
         return cache + masks
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRoom:
+    """What the mask pool of one worker may be.
+
+    Attributes:
+        rows, head_rows: for how many tokens it keeps products, and of how many of them the head's.
+        limit_bytes: what it may take at most.
+        used_bytes: what it takes at most.
+    """
+
+    rows: int = 0
+    head_rows: int = 0
+    limit_bytes: int = 0
+    used_bytes: int = 0
 
 
 def chunk_tokens(engine: EngineConfig) -> int:
@@ -69,21 +85,42 @@ def cache_blocks(architecture: LlamaConfig, engine: EngineConfig) -> int:
     return engine.kv_memory // size
 
 
-def memory(architecture: LlamaConfig, config: EnclaveConfig, engine: EngineConfig) -> Memory:
-    """Size the cache, and the mask pool where something is masked: unless the settings do, for a step of this engine.
+def worker_count(config: EnclaveConfig, engine: EngineConfig) -> int:
+    """Return how many workers are given; at least 1, also where there is none or this process starts its own."""
+    return max(1, len(engine.workers)) if config.level in WORKER_LEVELS else 1
 
-    A step takes a row of each linear for each of its tokens. Most of them are of answers, so of the head too.
+
+def memory(architecture: LlamaConfig, config: EnclaveConfig, engine: EngineConfig) -> Memory:
+    """Size the cache, and the mask pools where something is masked.
 
     Raises:
-        ConfigError: the cache holds not a single block, or the pool takes more than it may.
+        ConfigError: the cache holds not a single block, or the pools take more than they may.
     """
-    blocks = cache_blocks(architecture, engine)
-    cache = Memory(blocks * block_bytes(architecture), blocks * BLOCK_TOKENS)
+    blocks, workers = cache_blocks(architecture, engine), worker_count(config, engine)
+    masks = mask_room(architecture, config, engine, workers)
+    return Memory(
+        blocks * block_bytes(architecture),
+        blocks * BLOCK_TOKENS,
+        workers * masks.used_bytes,
+        masks.rows,
+        masks.head_rows,
+    )
+
+
+def mask_room(architecture: LlamaConfig, config: EnclaveConfig, engine: EngineConfig, workers: int) -> MaskRoom:
+    """Size the mask pool of each worker: unless the settings do, for a step of this engine.
+
+    A step takes a row of each linear for each of its tokens. Most of them are of answers, so of the head too. Each
+    worker must be able to compute a whole step, as the others may be lost; together they keep to ``mask_memory``.
+
+    Raises:
+        ConfigError: the pools take more than they may.
+    """
     if config.level != "masked":
-        return cache
-    groups, limit, rows = linear_groups(architecture), config.mask_memory, config.mask_pool
+        return MaskRoom()
+    groups, limit, rows = linear_groups(architecture), config.mask_memory // workers, config.mask_pool
     if rows is None:
         rows = bisect(range(1, most_rows(engine) + 1), limit, key=lambda rows: peak_bytes(groups, rows, rows))
-    check_pool_fits(groups, rows, limit)
+    check_pool_fits(groups, rows, config.mask_memory, workers)
     heads = bisect(range(1, rows + 1), limit, key=lambda heads: peak_bytes(groups, rows, heads))
-    return replace(cache, mask_bytes=peak_bytes(groups, rows, heads), mask_rows=rows, head_rows=heads)
+    return MaskRoom(rows, heads, limit, peak_bytes(groups, rows, heads))

@@ -1,8 +1,7 @@
-"""The level, opened on one of several workers, and on another when that one is lost or has lied.
+"""An engine's workers: all that can be used are, each with a level of its own, and a step is divided over them.
 
-Each opening is a level of its own: links, vectors of the checks, mask keys and pool are made anew, the codes are read
-and compared with the manifest again, and what one opening had is closed before the next begins. After a lie a worker is
-out of use as long as this process lives.
+Nothing of one level is used by another. Where a link fails, a worker is away until it has been brought back, and the
+others go on; after a lie it is out of use as long as this process lives.
 """
 
 from __future__ import annotations
@@ -11,68 +10,44 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
-from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig
+from tsqp.config import EnclaveConfig
+from tsqp.enclave.connect import Wrap
 from tsqp.enclave.waiting import Impatient
+from tsqp.engine import notices
+from tsqp.engine.addresses import check_each, place, shared
 from tsqp.engine.health import Health
-from tsqp.errors import ConfigError, HostileError, InternalError, TransportError, TransportTimeoutError, TsqpError, bare
-from tsqp.levels import Model, check_peers, runnable
-from tsqp.loaded import OnStep, Runnable, Stepper
+from tsqp.engine.memory import MaskRoom
+from tsqp.engine.replica import Replica, given_up
+from tsqp.engine.scheduler import Segment
+from tsqp.engine.steps import Outcome, step
+from tsqp.errors import ConfigError, HostileError, InternalError, TransportError, TsqpError, bare
+from tsqp.levels import Model
+from tsqp.loaded import OnStep, Stepper
 from tsqp.meter import Meter
-from tsqp.transport.base import ClientTransport
-from tsqp.transport.urls import parse
+from tsqp.model.llama import Rows
 
 _log = logging.getLogger(__name__)
 
 Revive = Callable[[Callable[[], bool]], None]
 
 
-def one_each(config: EnclaveConfig, engine: EngineConfig) -> tuple[EnclaveConfig, ...]:
-    """Return the settings for each worker, in order; one without a worker where there is none.
-
-    Raises:
-        ConfigError: another number of keys than of workers, or one worker twice.
-        TsqpError: an address, a key or a dealer cannot be used.
-    """
-    if config.level not in WORKER_LEVELS:
-        return (config,)
-    addresses = engine.workers or ((config.worker,) if config.worker else ())
-    keys = engine.worker_keys or ((config.worker_key,) if config.worker_key else ())
-    if keys and not addresses:
-        raise ConfigError("a worker's key was given but no worker: give its address too (--worker).")
-    if keys and len(keys) != len(addresses):
-        raise ConfigError(
-            f"{len(addresses)} workers and {len(keys)} worker keys: give one key for each, in order (--worker-key)."
-        )
-    if not addresses:
-        return (config,)
-    places = [parse(address).url for address in addresses]
-    twice = next((address for at, address in enumerate(addresses) if places[at] in places[:at]), None)
-    if twice is not None:
-        raise ConfigError(f"the worker {twice} is given twice: once it had lied, it would be used again.")
-    each = tuple(
-        replace(config, worker=address, worker_key=key)
-        for address, key in zip(addresses, keys or [None] * len(addresses), strict=True)
-    )
-    for settings in each:
-        check_peers(config.level, settings)
-    return each
-
-
 class Workers:
-    """A model at its level, on one worker at a time. Its attributes, ``meter`` and ``pool`` are for any thread.
+    """A model at its level, on all workers that can be used.
+
+    One thread, the engine's, calls ``open``, ``settle``, ``compute``, ``blame``, ``look``, ``recover`` and ``close``.
+    All else is for any thread. One worker alone is brought back by that thread too, several by ``Health``.
 
     Args:
         model: from ``levels.open_model``.
-        configs: the settings for each worker, from ``one_each``; the first that can be used is.
-        head_rows: how many rows of the head the mask pool keeps, where there is one.
+        configs: the settings for each worker, from ``one_each``.
+        room: how large the mask pool of each of so many workers may be.
+        rows_each: another worker is used for each so many rows of a step; see ``shares.divide``.
         on_notice: told in a sentence what the user should know.
         revive: starts the worker again where it is this process's own and has ended; see ``launch.OwnWorker``.
 
     Attributes:
         lies: how often a worker or a dealer sent what it must not.
-        health: of those that stand by, where there are several.
         given_up: set while nobody wants what is waited for: a worker that does not answer is given up soon then.
     """
 
@@ -80,259 +55,338 @@ class Workers:
         self,
         model: Model,
         configs: Sequence[EnclaveConfig],
-        head_rows: int = 0,
+        room: Callable[[int], MaskRoom] = lambda _workers: MaskRoom(),
+        rows_each: int = 1,
         on_notice: Callable[[str], None] = lambda _sentence: None,
         revive: Revive | None = None,
     ) -> None:
-        self._model, self._configs, self._head_rows, self._on_notice = model, configs, head_rows, on_notice
-        self._revive = revive or (lambda _is_over: None)
-        self.lies = 0
-        self.given_up = threading.Event()
-        self._level = ExitStack()
-        self._loaded: Runnable | None = None
-        self._past = Meter()
-        # The worker that is used, or was last; and why each one was not used when it was tried last.
-        self._at = 0
-        self._refusals: dict[int, TsqpError] = {}
-        self._told = ""
+        self._model, self._room, self._rows_each, self._on_notice = model, room, rows_each, on_notice
+        self._revive, self._revived = revive, place(configs[0])
+        self._shared = shared(configs[0])
+        self.lies = self._steps = 0
+        self.given_up, self._closing = threading.Event(), threading.Event()
+        # Guards what follows, and states of replicas.
         self._lock = threading.Lock()
-        self.health = Health(model, self._configs, self._standby)
+        self._liars: dict[str, TsqpError] = {}
+        self._replicas = [self._made(config) for config in configs]
+        # Retired, and not closed yet.
+        self._leaving: list[Replica] = []
+        self._past = Meter()
+        self._fitted = len(configs)
+        self._told = ""
+        self._health = Health(model, self._all, self._bring_back, self._sweep)
 
     @property
     def stepper(self) -> Stepper:
-        """Computes steps on the worker in use.
+        """Computes steps on a worker in use; for measurements.
 
         Raises:
-            ConfigError: the level cannot generate.
             InternalError: none is in use.
         """
-        if self._loaded is None:
-            raise InternalError("no worker is in use.")
-        return _stepper(self._loaded, self._configs[self._at].level)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a worker is in use."""
-        return self._loaded is not None
-
-    def watch(self) -> None:
-        """Ask those that stand by from now on, if there are any."""
-        if len(self._configs) > 1:
-            self.health.start()
+        for replica in self._serving():
+            return replica.stepper
+        raise InternalError("no worker is in use.")
 
     @property
     def count(self) -> int:
         """How many workers were given; at the level `local` this process counts as one."""
-        return len(self._configs)
+        return len(self._replicas)
 
     def usable(self) -> int:
-        """Return how many workers can be used now, as far as is known: the one in use, and those that answer."""
-        with self._lock:
-            serves = self._loaded is not None and self._at not in self._refusals
-        return serves + len(self.health.answering & self._standby())
+        """Return how many workers are in use."""
+        return sum(replica.state in ("serving", "ready") for replica in self._all())
+
+    def states(self) -> tuple[tuple[str, bool, int], ...]:
+        """Return of each worker its name, whether it is in use, and how many rows it has computed."""
+        return tuple((each.name, each.state in ("serving", "ready"), each.rows) for each in self._all())
 
     def pool(self) -> tuple[int, int]:
-        """Return how many rows of mask products are held and wanted; none where nothing is masked, or open."""
-        with self._lock:
-            pool = self._loaded.stepper.pool if self._loaded and self._loaded.stepper else None
-            return (pool.held, pool.wanted) if pool else (0, 0)
+        """Return how many rows of mask products are held and wanted by all; none where nothing is masked, or open."""
+        pools = [replica.pool() for replica in self._all()]
+        return sum(held for held, _ in pools), sum(wanted for _, wanted in pools)
 
     def meter(self) -> Meter:
         """Return the costs of all openings so far."""
         with self._lock:
-            return self._past.plus(self._loaded.meter) if self._loaded else replace(self._past)
+            total = self._past
+            for replica in (*self._replicas, *self._leaving):
+                total = total.plus(replica.meter())
+            return total
+
+    def change(self, configs: Sequence[EnclaveConfig]) -> None:
+        """Use these workers from now on, and no others: new ones are opened while the engine runs.
+
+        Those that are given no more have no share of the next step, and are closed once the one that runs is over;
+        their requests go on with others. Who has lied stays out of use, whether it is given again or not.
+
+        Args:
+            configs: as in the beginning, with the same settings but for addresses and keys.
+
+        Raises:
+            TsqpError: they cannot be used, as ``addresses.check_each``, or the mask pools of so many do not fit. Then
+                nothing has changed.
+        """
+        check_each(configs)
+        if shared(configs[0]) != self._shared:
+            raise ConfigError("an engine's workers cannot be replaced by others with other settings: start it anew.")
+        self._room(len(configs))
+        with self._lock:
+            known = {replica.config: replica for replica in self._replicas}
+            replicas = [known.get(config) or self._made(config) for config in configs]
+            for replica in self._replicas:
+                if replica not in replicas:
+                    replica.retired = True
+                    self._leaving.append(replica)
+            self._replicas = replicas
+        self._health.start()
+        self._health.wake()
 
     def open(self, on_step: OnStep) -> None:
-        """Use the first worker that can be used, and say why those before it cannot.
+        """Use the first worker that can be used, and say why those before it cannot; others are opened meanwhile.
 
         Raises:
             TsqpError: none can; where there is one only, its own error.
         """
-        for at in self._in_turn(0):
+        replicas = self._all()
+        room = self._room(len(replicas))
+        for replica in replicas:
             try:
-                self._open(at, on_step, self._on_notice)
+                replica.open(room, self._retries(replica), on_step, self._on_notice)
             except TsqpError as error:  # noqa: PERF203  one try for each worker
-                if len(self._configs) == 1:
+                if len(replicas) == 1:
                     raise
-                self._refuse(at, error)
+                self._refuse(replica, error)
             else:
-                if self._refusals:
-                    self._tell(f"serving with worker {self._name(at)}. {self._reasons()}")
+                replica.serve()
+                if any(each.error for each in replicas):
+                    self._announce()
+                if len(replicas) > 1:
+                    self._health.start()
                 return
-        kinds = {type(error) for error in self._refusals.values()}
-        raise self._nobody(kinds.pop() if len(kinds) == 1 else TransportError)
+        kinds = {type(replica.error) for replica in replicas if replica.error}
+        raise notices.nobody(replicas, kinds.pop() if len(kinds) == 1 else TransportError)
 
-    def look(self) -> None:
-        """Look whether a step could be computed, while none is.
-
-        Raises:
-            TsqpError: it could not; to be given to ``blame``.
-        """
-        try:
-            self.stepper.look()
-        except InternalError as error:  # of what fills the pool, which has ended: another opening has another
-            self._tell(str(error))
-            self._refuse(self._at, error)
-            self._close_level()
-            raise
-
-    def blame(self, error: TsqpError) -> TsqpError | None:
-        """Take note that a step or a look failed. After a lie whoever may have told it is out of use, dealers too.
+    def settle(self) -> bool:
+        """Between two steps: take into use who was brought back, and close who was retired.
 
         Returns:
-            Why nothing can be computed until ``recover``; None where the error was of that step alone.
+            Whether there was any.
         """
+        with self._lock:
+            ready = [replica for replica in self._replicas if replica.state == "ready"]
+            leaving = [replica for replica in self._leaving if replica.state in ("serving", "ready")]
+            for replica in ready:
+                replica.serve()
+            for replica in leaving:
+                replica.lose(TransportError("it was retired."))
+            refit, self._fitted = self._fitted != len(self._replicas), len(self._replicas)
+        for replica in leaving:
+            replica.close()
+        if refit:
+            room = self._room(self.count)
+            for replica in self._all():
+                replica.fit(room)
+        if ready or (leaving and self._serving()):
+            self._announce()
+        return bool(ready or leaving)
+
+    def compute(self, segments: Sequence[Segment], rows: Callable[[Sequence[Segment]], Rows]) -> list[Outcome]:
+        """Compute a step, divided over the workers in use; no mask pool is filled meanwhile.
+
+        Args:
+            segments: of the step.
+            rows: makes a group's rows.
+
+        Raises:
+            InternalError: no worker is in use.
+            HostileError: so it became, as dealers lied while the pools were filled.
+        """
+        error: TsqpError = InternalError("no worker is in use.")
+        with ExitStack() as paused:
+            for replica in self._serving():
+                try:
+                    paused.enter_context(replica.stepper.paused())
+                except TsqpError as raised:  # noqa: PERF203  one try for each worker
+                    error = raised
+                    self.blame(replica, raised)
+            replicas = self._serving()
+            if not replicas:
+                raise error
+            self._steps += 1
+            outcomes = step(replicas, segments, rows, self._rows_each, self._steps)
+        for outcome in outcomes:
+            if isinstance(outcome.result, TsqpError):
+                self.blame(outcome.replica, outcome.result)
+        return outcomes
+
+    def look(self) -> None:
+        """Look whether a step could be computed, while none is; who could not compute it is out of use then."""
+        for replica in self._serving():
+            try:
+                self._look(replica)
+            except InternalError as error:  # noqa: PERF203  what fills the pool has ended; another opening has another
+                self._tell(str(error))
+                replica.close()
+                replica.lose(error)
+                self._health.wake()
+            except TsqpError as error:
+                self.blame(replica, error)
+
+    def _look(self, replica: Replica) -> None:
+        replica.stepper.check()
+        if not self._health.is_running:
+            replica.stepper.look()
+        elif silence := replica.silence:  # others need not wait until it is asked once more
+            replica.stepper.lose()
+            raise silence
+
+    def blame(self, replica: Replica, error: TsqpError) -> None:
+        """Take note that a share or a look failed. After a lie whoever may have told it is out of use, dealers too."""
         if isinstance(error, HostileError):
-            self.lies += 1
-            # With dealers nobody knows who lied, and without them no worker can go on.
-            together = range(len(self._configs)) if self._configs[self._at].dealers else (self._at,)
-            self._refusals |= dict.fromkeys(together, bare(error))
+            self._distrust(replica, error)
         elif isinstance(error, TransportError):
-            self._refusals[self._at] = bare(error)
-        elif self.is_open:
+            with self._lock:
+                replica.lose(error)
+            if self._health.is_running:
+                if self._serving():
+                    self._announce()
+                self._health.wake()
+
+    def nobody(self) -> TsqpError | None:
+        """Return why nothing can be computed until ``recover``; None where something can."""
+        if self._serving():
             return None
         if not self._usable():
             return self._gone()
-        return TransportError(f"no worker is in use for now; one is being opened. {self._reasons()}")
+        return notices.for_now(self._all())
 
-    def recover(self, is_over: Callable[[], bool]) -> bool:
-        """Serve again: over a new link to the same worker, unless that one hangs, or on the next that can be used.
+    def recover(self, is_over: Callable[[], bool]) -> None:
+        """Serve again, where nobody does.
 
         Args:
-            is_over: asked before each worker, and while one is opened, whether to give up.
-
-        Returns:
-            Whether the level was opened anew: then nothing that was computed before may be used again.
+            is_over: tells, before and while a worker is opened, whether to give up.
 
         Raises:
             TransportError: no worker can be used now.
             HostileError: none can be used any more.
         """
-        first = self._at
-        try:
-            if self._reopened(is_over):
-                return False
-        except Exception as error:  # noqa: BLE001  a bug there must not end the engine
-            self._refuse(self._at, error)
-            if self._usable() == {self._at}:
-                raise self._gone() from None
-            first += 1
-        self._close_level()
+        if self._health.is_running:
+            self._health.wait_for_round(is_over)
+        elif replicas := self._usable():
+            self._bring_back(replicas[0], is_over)
+        self.settle()
+        if not self._serving():
+            raise self._gone()
 
-        def stop(_name: str = "", _done: float = 0.0) -> None:
-            if is_over():
-                raise TransportError("opening it was given up, as nobody waits for it any more.")
-
-        for at in self._in_turn(first):
-            try:
-                stop()
-                self._revive(is_over)
-                self._open(at, stop)
-            except Exception as error:  # noqa: BLE001, PERF203  as above; one try for each worker
-                self._refuse(at, error)
-            else:
-                self._tell(f"serving with worker {self._name(at)} now. {self._reasons()}".strip())
-                return True
-        raise self._gone()
-
-    def _reopened(self, is_over: Callable[[], bool]) -> bool:
-        """Open the lost link to the worker in use, and tell whether that is all there was to do."""
-        if self._loaded is None or self._at not in self._usable():
-            return False
-        lost = self._refusals.get(self._at)
-        if isinstance(lost, TransportTimeoutError) and len(self._usable()) > 1:
-            raise lost  # it had its time, and others need not wait for it once more
-        self._revive(is_over)
-        if not self.stepper.reopen():
-            return False
-        self._refusals.pop(self._at, None)
-        self._tell(f"serving with worker {self._name(self._at)} again.")
-        return True
+    def stop(self) -> None:
+        """Wait for nobody any more."""
+        self._closing.set()
+        self.given_up.set()
 
     def close(self) -> None:
         """Close everything."""
-        self.health.close()
-        self._close_level()
-
-    def _open(
-        self,
-        at: int,
-        on_step: OnStep = lambda _name, _done: None,
-        on_notice: Callable[[str], None] = lambda _sentence: None,
-    ) -> None:
-        config = self._configs[at]
-        with ExitStack() as stack:
-            loaded = stack.enter_context(
-                runnable(
-                    config.level,
-                    self._model,
-                    config,
-                    wrap=lambda _peer: self._impatient,
-                    on_step=on_step,
-                    on_notice=on_notice,
-                )
-            )
-            stepper = _stepper(loaded, config.level)
-            if stepper.pool is not None:
-                with stepper.paused():  # after which the pool is filled up to it
-                    stepper.pool.keep_head(self._head_rows)
-            self._level = stack.pop_all()
-        with self._lock:
-            self._loaded, self._at = loaded, at
-        self._refusals.pop(at, None)
-
-    def _impatient(self, link: ClientTransport) -> ClientTransport:
-        return Impatient(link, self.given_up.is_set)
-
-    def _close_level(self) -> None:
-        try:
-            self._level.close()
-        finally:
+        self.stop()
+        self._health.close()
+        for replica in (*self._all(), *self._leaving):
             with self._lock:
-                if self._loaded is not None:
-                    self._past = self._past.plus(self._loaded.meter)
-                    self._loaded = None
+                replica.lose(TransportError("the engine was closed."))
+            replica.close()
 
-    def _in_turn(self, first: int) -> list[int]:
-        """Return who may be tried: those that stand by and answer, the least loaded first, then others in order."""
-        count = len(self._configs)
-        usable = [at % count for at in range(first, first + count) if at % count in self._usable()]
-        return sorted(usable, key=self.health.order)
-
-    def _standby(self) -> set[int]:
-        """Return who is not in use and may be."""
+    def _all(self) -> Sequence[Replica]:
         with self._lock:
-            return self._usable() - ({self._at} if self._loaded else set())
+            return tuple(self._replicas)
 
-    def _usable(self) -> set[int]:
-        return {at for at in range(len(self._configs)) if not isinstance(self._refusals.get(at), HostileError)}
+    def _serving(self) -> list[Replica]:
+        return [replica for replica in self._all() if replica.state == "serving"]
 
-    def _refuse(self, at: int, error: Exception) -> None:
+    def _usable(self) -> list[Replica]:
+        return [replica for replica in self._all() if replica.state != "lied"]
+
+    def _made(self, config: EnclaveConfig) -> Replica:
+        replica = Replica(self._model, config, self._impatient)
+        replica.error = next((self._liars[name] for name in _names(config) if name in self._liars), None)
+        if replica.error is not None:
+            replica.state = "lied"
+        return replica
+
+    def _impatient(self, replica: Replica) -> Wrap:
+        """Return what wraps a worker's link: of its step nobody may want the answer, or it is not to be opened."""
+
+        def is_over() -> bool:
+            nobody_waits = self.given_up.is_set() if replica.state == "serving" else replica.retired
+            return self._closing.is_set() or nobody_waits
+
+        return lambda link: Impatient(link, is_over)
+
+    def _retries(self, replica: Replica) -> int:
+        """Return how often a worker is sent a product again: never where another can compute the step instead."""
+        return replica.config.retries if self.count == 1 else 0
+
+    def _bring_back(self, replica: Replica, is_over: Callable[[], bool]) -> None:
+        """Open a worker that is away, over a new link if that is all it lacks; else its ``error`` says why not."""
+        try:
+            stop = given_up(is_over)
+            stop("", 0.0)
+            if self._revive and place(replica.config) == self._revived:
+                self._revive(is_over)
+            if not replica.reopen():
+                replica.open(self._room(self.count), self._retries(replica), stop)
+        except Exception as error:  # noqa: BLE001  a bug there must not end the engine
+            self._refuse(replica, error)
+            return
+        with self._lock:
+            if replica.state == "away" and not replica.retired:
+                replica.state = "ready"
+
+    def _refuse(self, replica: Replica, error: Exception) -> None:
+        """Take note why a worker that is away cannot be opened."""
         if not isinstance(error, TsqpError):
             # Only its type: a message may quote what was computed.
             _log.error("opening a worker failed (%s)", type(error).__name__)
             error = InternalError(f"opening it failed ({type(error).__name__}).")
-        self.lies += isinstance(error, HostileError)
-        self._refusals[at] = bare(error)
+        with self._lock:
+            replica.error = bare(error)
+            if isinstance(error, HostileError):
+                self.lies += 1
+                replica.state = "lied"
+                self._liars |= dict.fromkeys(_names(replica.config), replica.error)
+        if replica.state == "lied":
+            replica.close()
 
-    def _nobody(self, kind: type[TsqpError] = TransportError) -> TsqpError:
-        """Return the error for no worker at all: of a kind that may pass, or, where all have lied, of a lie."""
-        usable = self._usable()
-        sentence = f"no usable worker is left{', for now' if usable else ''}. {self._reasons()}"
-        return (kind if usable else type(self._refusals[self._at]))(sentence)
+    def _distrust(self, liar: Replica, error: TsqpError) -> None:
+        # With dealers nobody knows who lied, and without them no worker can go on.
+        together = [*self._all(), *self._leaving] if liar.config.dealers else [liar]
+        with self._lock:
+            self.lies += 1
+            ours = [replica for replica in together if replica is liar or replica.state != "away"]
+            for replica in together:
+                replica.distrust(error)
+                self._liars |= dict.fromkeys(_names(replica.config), bare(error))
+        for replica in ours:
+            replica.close()
+        if self._serving():
+            self._announce()
+        self._health.wake()
+
+    def _sweep(self) -> None:
+        """Close what was away when it was retired or not trusted any more, in the thread that would have opened it."""
+        with self._lock:
+            over = [replica for replica in self._leaving if replica.state in ("away", "lied")]
+            self._leaving = [replica for replica in self._leaving if replica not in over]
+            for replica in over:
+                self._past = self._past.plus(replica.meter())
+            over += [replica for replica in self._replicas if replica.state == "lied"]
+        for replica in over:
+            replica.close()
 
     def _gone(self) -> TsqpError:
-        """Return the same, and tell the user, who hears of no error otherwise."""
-        error = self._nobody()
+        """Return the error for no worker at all, and tell the user, who hears of no error otherwise."""
+        error = notices.nobody(self._all())
         self._tell(str(error))
         return error
 
-    def _reasons(self) -> str:
-        """Say of each worker that is not used why."""
-        reasons: dict[str, list[str]] = {}
-        for at, error in sorted(self._refusals.items()):
-            reasons.setdefault(str(error), []).append(self._name(at))
-        return " ".join(f"With worker {', '.join(names)}: {reason}" for reason, names in reasons.items())
+    def _announce(self) -> None:
+        self._tell(notices.serving(self._all()))
 
     def _tell(self, sentence: str) -> None:
         """Tell the user, once, until there is something else to tell."""
@@ -340,11 +394,7 @@ class Workers:
             self._told = sentence
             self._on_notice(sentence)
 
-    def _name(self, at: int) -> str:
-        return self._configs[at].worker or "of this process"
 
-
-def _stepper(loaded: Runnable, level: str) -> Stepper:
-    if loaded.stepper is None:
-        raise ConfigError(f"the level {level} cannot generate: choose open, verified, masked or local.")
-    return loaded.stepper
+def _names(config: EnclaveConfig) -> set[str]:
+    """Return what one that lied is known by: its place and its key."""
+    return {place(config), config.worker_key or place(config)}

@@ -22,7 +22,7 @@ from tsqp.model.attention import causal_attention, offloaded_attention
 from tsqp.model.kv_cache import KVCache
 from tsqp.model.layers import Angles, RotaryTable, add_rms_norm, rms_norm, rotate_rows, swiglu
 from tsqp.model.ops import LinearOps
-from tsqp.model.overlap import MicroBatch, Pending, in_turns, micro_batches
+from tsqp.model.overlap import MicroBatch, Pending, Team, in_turns, micro_batches
 
 Steps = Generator[Pending, Tensor, Tensor]
 
@@ -167,7 +167,12 @@ class Llama:
         Returns:
             float32 logits of each part's kept rows, shape (R, V).
         """
-        return in_turns([self._run(rows) for rows in parts], self._ops.abandon)
+        team = self.team(parts)
+        return in_turns(team.parts, team.abandon)
+
+    def team(self, parts: Sequence[Rows]) -> Team[Tensor]:
+        """Return the same, not started; to be run in inference mode."""
+        return Team([self._run(rows) for rows in parts], self._ops.abandon)
 
     def _chunks(self, ids_BT: Tensor, cut: list[MicroBatch], all_logits: bool) -> Iterator[Rows]:  # noqa: FBT001
         tokens = ids_BT.shape[1]

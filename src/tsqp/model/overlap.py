@@ -2,7 +2,7 @@
 
 A part is a generator. It yields each product that it has asked for and is resumed with the result. ``in_turns``
 collects products in the order in which they were asked for, so of two parts the first stays ahead: a chunk of a prompt
-finds the keys and values of the chunks before it in each layer.
+finds the keys and values of the chunks before it in each layer. ``teams_in_turns`` does so for several workers at once.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
+
+from tsqp.errors import TsqpError
 
 # A product that has been asked for; call it once for the result.
 Pending = Callable[[], Tensor]
@@ -56,27 +58,63 @@ def _cuts(size: int, count: int) -> list[tuple[int, int]]:
     return [(size * part // count, size * (part + 1) // count) for part in range(count)]
 
 
-def in_turns(parts: Sequence[Part[Result]], abandon: Callable[[], None]) -> list[Result]:
-    """Run parts to their ends.
+@dataclass(frozen=True, slots=True)
+class Team(Generic[Result]):
+    """Parts whose products one worker computes.
 
-    Args:
+    Attributes:
         parts: not started yet. A part may use what an earlier one did before the product it waits for.
         abandon: called where a part fails: nobody will collect the products that are on their way.
+    """
+
+    parts: Sequence[Part[Result]]
+    abandon: Callable[[], None]
+
+
+def in_turns(parts: Sequence[Part[Result]], abandon: Callable[[], None]) -> list[Result]:
+    """Run the parts of one team to their ends; see ``Team``.
 
     Returns:
         What each part returns, in order.
     """
-    results: dict[int, Result] = {}
-    # Products in the order in which they were asked for, by the number of their part; None starts a part.
-    waiting: deque[tuple[int, Pending | None]] = deque((number, None) for number in range(len(parts)))
+    (outcome,) = teams_in_turns([Team(parts, abandon)])
+    if isinstance(outcome, TsqpError):
+        raise outcome
+    return outcome
+
+
+def teams_in_turns(teams: Sequence[Team[Result]]) -> list[list[Result] | TsqpError]:
+    """Run the parts of all teams to their ends: products of one are away while others' are asked for and collected.
+
+    Where a part raises a ``TsqpError`` its team is over, and nothing of it is returned; the others go on. Any other
+    exception ends all.
+
+    Returns:
+        For each team what its parts return, in order, or what one of them raised.
+    """
+    results: list[dict[int, Result]] = [{} for _ in teams]
+    failures: dict[int, TsqpError] = {}
+    # Products in the order in which they were asked for, by the numbers of their team and part; None starts a part.
+    # The first parts of all teams come first, so that every worker soon has something to do.
+    most = max((len(team.parts) for team in teams), default=0)
+    waiting: deque[tuple[int, int, Pending | None]] = deque(
+        (at, number, None) for number in range(most) for at, team in enumerate(teams) if number < len(team.parts)
+    )
     try:
         while waiting:
-            number, pending = waiting.popleft()
+            at, number, pending = waiting.popleft()
+            if at in failures:
+                continue
+            part = teams[at].parts[number]
             try:
-                waiting.append((number, parts[number].send(pending()) if pending else next(parts[number])))
+                waiting.append((at, number, part.send(pending()) if pending else next(part)))
             except StopIteration as end:
-                results[number] = end.value
+                results[at][number] = end.value
+            except TsqpError as error:
+                failures[at] = error
+                teams[at].abandon()
     except BaseException:
-        abandon()
+        for team in teams:
+            team.abandon()
         raise
-    return [results[number] for number in range(len(parts))]
+    return [failures.get(at) or [done[number] for number in range(len(done))] for at, done in enumerate(results)]

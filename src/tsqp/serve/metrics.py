@@ -25,15 +25,15 @@ _GAUGES = {
     "pool_held": "Rows of mask products that are ready, over all linears.",
     "pool_wanted": "Rows of mask products that the pool is to hold.",
     "workers": "Workers that were given.",
-    "workers_usable": "Workers that can be used now: the one in use, and those on standby that answer.",
+    "workers_usable": "Workers that are in use now.",
 }
 _COUNTERS = {
     "steps": "Steps of the engine.",
     "prompt_tokens": "Tokens of prompts that were computed.",
     "completion_tokens": "Tokens that were generated.",
     "reused_tokens": "Tokens of prompts that were found in the prefix cache.",
-    "bytes_sent": "Bytes to the worker.",
-    "bytes_received": "Bytes from the worker.",
+    "bytes_sent": "Bytes to workers.",
+    "bytes_received": "Bytes from workers.",
     "integrity_failures": "How often a worker or dealer gave a wrong product or sent what it must not.",
 }
 
@@ -103,6 +103,7 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(f"tsqp_engine_{name}", text, value=getattr(stats, name))
         yield GaugeMetricFamily("tsqp_engine_ready", "1 where requests can be served.", value=int(stats.ready))
         yield _parts(stats)
+        yield from _of_workers(stats)
 
 
 def _parts(stats: EngineStats) -> CounterMetricFamily:
@@ -110,3 +111,13 @@ def _parts(stats: EngineStats) -> CounterMetricFamily:
     for part, seconds in stats.seconds.items():
         family.add_metric((part,), seconds)
     return family
+
+
+def _of_workers(stats: EngineStats) -> Iterator[Metric]:
+    used = GaugeMetricFamily("tsqp_engine_worker_in_use", "1 where a worker is in use.", labels=("worker",))
+    rows = CounterMetricFamily("tsqp_engine_worker_rows", "Rows of steps by worker.", labels=("worker",))
+    for name, is_used, count in stats.each_worker:
+        used.add_metric((name,), int(is_used))
+        rows.add_metric((name,), count)
+    yield used
+    yield rows

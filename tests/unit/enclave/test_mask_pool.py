@@ -144,9 +144,9 @@ def test_a_pool_for_generation_keeps_a_row_of_the_head_for_each_token() -> None:
     room = peak_bytes(GROUPS, 32, 32)
     pool, source, meter = make(32, limit=room)
     with pytest.raises(ConfigError, match="a mask pool of 32 rows with 33 of the head takes"):
-        pool.keep_head(33)
+        pool.resize(32, 33, room)
     fill(pool)
-    pool.keep_head(32)
+    pool.resize(32, 32, room)
     assert not pool.is_full
     fill(pool)
     assert pool.held == pool.wanted == 96
@@ -154,6 +154,23 @@ def test_a_pool_for_generation_keeps_a_row_of_the_head_for_each_token() -> None:
     pool.take("head", 32)
     assert source.started == before
     assert meter.mask_wait_ns == 0
+
+
+def test_a_pool_that_shrinks_throws_away_what_it_may_not_hold_and_never_uses_it() -> None:
+    pool, source, _ = make(32)
+    fill(pool)
+    pool.resize(8, 3, peak_bytes(GROUPS, 8, 3))
+    assert pool.held == 8 + 8 + 2  # it held two of the head, and makes one more
+    held = sum(part.u_MN.untyped_storage().nbytes() for parts in pool._ready.values() for part in parts)
+    assert held <= peak_bytes(GROUPS, 8, 3)
+    fill(pool)
+    assert pool.held == pool.wanted == 19
+    before = list(source.started)
+    first = [part.first for part in pool.take("layers.0.qkv", 8)._rows]
+    assert first == [0]
+    assert source.started == before
+    pool.take("layers.0.qkv", 1)
+    assert source.started[-1] == ("layers.0.qkv", 32, 1)
 
 
 def test_dealers_are_asked_ahead_for_the_forward_pass_but_not_for_the_head() -> None:

@@ -11,7 +11,7 @@ import pytest
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.enclave.mask_pool import peak_bytes
 from tsqp.engine.blocks import BlockPool
-from tsqp.engine.memory import cache_blocks, cache_bytes, chunk_tokens, memory, most_rows
+from tsqp.engine.memory import cache_blocks, cache_bytes, chunk_tokens, mask_room, memory, most_rows
 from tsqp.engine.scheduler import Scheduler
 from tsqp.errors import ConfigError
 from tsqp.model.architecture import LlamaConfig, linear_groups, read_config
@@ -84,3 +84,20 @@ def test_a_pool_that_was_asked_for_has_as_much_of_the_head_as_fits(architecture:
     with pytest.raises(ConfigError, match="Lower --mask-pool or raise --mask-memory"):
         memory(architecture, replace(MASKED, mask_pool=100, mask_memory=1000), EngineConfig())
     assert memory(architecture, replace(MASKED, mask_pool=0), EngineConfig()).mask_bytes == 0
+
+
+def test_the_pools_of_all_workers_keep_to_what_one_might_take(architecture: LlamaConfig) -> None:
+    groups = linear_groups(architecture)
+    three = EngineConfig(workers=("a:1", "b:1", "c:1"))
+    full = peak_bytes(groups, 256, 256)
+    assert memory(architecture, replace(MASKED, mask_memory=3 * full), three).mask_bytes == 3 * full
+    few = replace(MASKED, mask_memory=3 * full - 1)
+    told = memory(architecture, few, three)
+    assert told.mask_rows == 255
+    assert told.mask_bytes <= few.mask_memory
+    each = mask_room(architecture, few, three, 3)
+    assert (each.rows, each.limit_bytes) == (255, full - 1)
+    assert 3 * each.used_bytes == told.mask_bytes
+    with pytest.raises(ConfigError, match="for each of 3 workers"):
+        memory(architecture, replace(few, mask_pool=300), three)
+    assert memory(architecture, EnclaveConfig(level="open"), three).mask_bytes == 0

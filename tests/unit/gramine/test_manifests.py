@@ -30,7 +30,7 @@ from gramine_manifests import (
 from tsqp import config as settings
 from tsqp.config import KINDS, EnclaveConfig, EngineConfig, ServeConfig, WorkerConfig
 from tsqp.enclave.dealers import dealer_peers
-from tsqp.engine.workers import one_each
+from tsqp.engine.addresses import one_each
 from tsqp.errors import ConfigError
 from tsqp.levels import check_peers
 from tsqp.sizing import STACK_BYTES

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny_models import load_llama, random_ids
 from torch import Tensor
 
+from tsqp.errors import TransportError
 from tsqp.model.llama import Llama
-from tsqp.model.overlap import MicroBatch, Part, Pending, in_turns, micro_batches
+from tsqp.model.overlap import MicroBatch, Part, Pending, Team, in_turns, micro_batches, teams_in_turns
 
 
 @given(batch=st.integers(1, 9), tokens=st.integers(1, 40), count=st.integers(1, 50))
@@ -62,6 +63,8 @@ class Log:
         self.events.append(f"collect {name}")
         if name.endswith("!"):
             raise ValueError(name)
+        if name.endswith("?"):
+            raise TransportError(name)
         return torch.tensor(float(len(self.events)))
 
     def part(self, *names: str) -> Part[str]:
@@ -89,6 +92,38 @@ def test_what_fails_abandons_the_others_once() -> None:
         in_turns([log.part("a1", "a2"), log.part("b1!", "b2"), log.part("c1")], log.abandon)
     assert log.abandoned == 1
     assert log.events[-1] == "collect b1!"
+
+
+def test_every_team_asks_before_anything_is_collected() -> None:
+    log, other = Log(), Log()
+    other.events = log.events
+    teams = [Team([log.part("a1", "a2"), log.part("b1")], log.abandon), Team([other.part("c1", "c2")], other.abandon)]
+    assert teams_in_turns(teams) == [["a1", "b1"], ["c1"]]
+    assert log.events == [
+        "ask a1", "ask c1", "ask b1", "collect a1", "ask a2", "collect c1", "ask c2", "collect b1", "collect a2",
+        "collect c2",
+    ]  # fmt: skip
+    assert (log.abandoned, other.abandoned) == (0, 0)
+
+
+def test_a_team_that_fails_is_over_and_the_others_go_on() -> None:
+    log, other = Log(), Log()
+    teams = [
+        Team([log.part("a1?", "a2"), log.part("b1", "b2")], log.abandon),
+        Team([other.part("c1", "c2"), other.part("d1")], other.abandon),
+    ]
+    failed, done = teams_in_turns(teams)
+    assert isinstance(failed, TransportError)
+    assert done == ["c1", "d1"]
+    assert (log.abandoned, other.abandoned) == (1, 0)
+    assert log.events == ["ask a1?", "ask b1", "collect a1?"]
+
+
+def test_a_bug_ends_every_team() -> None:
+    log, other = Log(), Log()
+    with pytest.raises(ValueError, match="a1!"):
+        teams_in_turns([Team([log.part("a1!")], log.abandon), Team([other.part("b1", "b2")], other.abandon)])
+    assert (log.abandoned, other.abandoned) == (1, 1)
 
 
 def test_a_part_that_asks_for_nothing_has_a_result() -> None:

@@ -167,12 +167,14 @@ def test_reuse_at_masked_says_what_it_shows(words: list[str], told: bool, comman
 def test_options_reach_the_engine(command_line: Served) -> None:
     words = (
         "--kv-memory 5000000 --max-running 7 --max-queued 9 --step-tokens 128 --default-tokens 50 --reuse-prefixes off"
+        " --worker-rows 5"
     )
     command_line.run("--insecure", "--worker", "a:1", "--worker", "b:1", *words.split())
     ((enclave, engine),) = command_line.settings
     assert enclave.worker is None
     assert engine == EngineConfig(
         workers=("a:1", "b:1"),
+        worker_rows=5,
         kv_memory=5_000_000,
         max_running=7,
         max_queued=9,
