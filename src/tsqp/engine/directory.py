@@ -8,9 +8,11 @@ not say.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import os
+import socket
 import stat
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -109,32 +111,35 @@ def _from_server(url: str, timeout_s: float) -> bytes:
         connection = http.client.HTTPConnection(place.hostname or "", place.port or 80, timeout=timeout_s)
     except (ValueError, http.client.InvalidURL) as error:
         raise ConfigError(f"the directory {printable(url)}: expected http://HOST:PORT/PATH or a file.") from error
-    late = threading.Timer(timeout_s, lambda: _cut(connection))
-    late.daemon = True
-    try:
-        connection.connect()
-        late.start()
-        connection.request("GET", place.path or "/", headers={"accept": "application/json"})
-        answer = connection.getresponse()
-        body = answer.read(MAX_BYTES + 1)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise TransportError(f"the directory {printable(url)} cannot be read: {reason}.") from error
-    finally:
-        late.cancel()
-        connection.close()
-    if answer.status != http.client.OK:
-        raise TransportError(f"the directory {printable(url)} cannot be read: HTTP {answer.status}.")
+    with contextlib.closing(connection):
+        try:
+            connection.connect()
+            body, status = _answer(connection, place.path or "/", timeout_s)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise TransportError(f"the directory {printable(url)} cannot be read: {reason}.") from error
+    if status != http.client.OK:
+        raise TransportError(f"the directory {printable(url)} cannot be read: HTTP {status}.")
     return body
 
 
-def _cut(connection: http.client.HTTPConnection) -> None:
-    """End a connection under whoever reads from it."""
-    if connection.sock is not None:
-        try:
-            connection.sock.shutdown(2)
-        except OSError:
-            _log.debug("the directory's connection was closed already")
+def _answer(connection: http.client.HTTPConnection, path: str, timeout_s: float) -> tuple[bytes, int]:
+    """Ask for a page; return it, up to ``MAX_BYTES`` and one, and the status. After ``timeout_s`` the link is cut."""
+    link: socket.socket = connection.sock
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            link.shutdown(socket.SHUT_RDWR)
+
+    late = threading.Timer(timeout_s, cut)
+    late.daemon = True
+    late.start()
+    try:
+        connection.request("GET", path, headers={"accept": "application/json"})
+        with connection.getresponse() as answer:
+            return answer.read(MAX_BYTES + 1), answer.status
+    finally:
+        late.cancel()
 
 
 def chosen(
