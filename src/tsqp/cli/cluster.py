@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tsqp.cli.reporting import notice, notes, print_json, reported
-from tsqp.errors import SetupError, TransportError, TsqpError
+from tsqp.cli.reporting import notes, notice, print_json, reported
+from tsqp.errors import SetupError, TsqpError
 from tsqp.reports import PoolMember, PoolReport
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ cluster = typer.Typer(
 Address = Annotated[
     str | None,
     typer.Option(
-        envvar="RAY_ADDRESS", help="HOST:PORT of the Ray cluster's head; this machine is one of its nodes.",
+        envvar="RAY_ADDRESS",
+        help="HOST:PORT of the Ray cluster's head; this machine is one of its nodes.",
         show_default=False,
     ),
 ]

@@ -1,6 +1,7 @@
-"""Who keeps a pool: a detached actor, which any command finds by the pool's name, and which Ray starts again if it ends.
+"""Who keeps a pool: a detached actor, which any command finds by the pool's name, and which Ray starts again.
 
-What is wanted is in Ray's own store, and members are actors that outlive this one: after a restart it goes on with them.
+What is wanted is in Ray's own store, and members are actors that outlive this one: after a restart it goes on with
+them.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class Controller:
                 with self._lock:
                     self._publisher.text = directory.encode(self._pool.tick(time.monotonic()))
                     self._keep()
-            except Exception:
+            except Exception:  # noqa: BLE001  a bug here must not end the keeping
                 _log.exception("keeping the pool failed")
             time.sleep(_TICK_S)
 

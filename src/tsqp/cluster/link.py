@@ -1,4 +1,4 @@
-"""Meets Ray: whether it is there, of which version, and whether a cluster can be reached. Imports it only when asked."""
+"""Meets Ray: whether it is there, of which version, and whether it can be reached. Imports it only when asked."""
 
 from __future__ import annotations
 

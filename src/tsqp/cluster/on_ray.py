@@ -70,7 +70,9 @@ class RayHandle:
             if self._heard and silent_s > _SILENT_S:
                 raise LostError(f"its actor has not answered for {_SILENT_S:g} s: its node hangs or is cut off.")
             if not self._heard and silent_s > _PLACING_S:
-                return Report(phase="placing", reason=f"no node has had room for it for {silent_s:.0f} s: {self._needs}.")
+                return Report(
+                    phase="placing", reason=f"no node has had room for it for {silent_s:.0f} s: {self._needs}."
+                )
             return None
         try:
             found: Report = ray.get(self._answer)
@@ -169,8 +171,8 @@ def check_room(spec: PoolSpec) -> None:
         largest = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={})
         have = {name: largest.get(name, 0) for name in needs}
         raise PlacementError(
-            f"no node for a worker: each takes {shown(needs)} of one node; the largest of {len(nodes)} that are not for "
-            f"dealers has {shown(have)}."
+            f"no node for a worker: each takes {shown(needs)} of one node; the largest of {len(nodes)} that are not "
+            f"for dealers has {shown(have)}."
         )
 
 

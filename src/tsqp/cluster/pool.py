@@ -164,7 +164,9 @@ class Pool:
                 self._trouble[member.kind] = _Trouble()
             elif member.report.phase == "lost":
                 raise LostError(member.report.reason or "it ended.")
-            if member.report.phase == "draining" and member.leaving_s is None:  # told so before a restart of who keeps it
+            if (
+                member.report.phase == "draining" and member.leaving_s is None
+            ):  # told so before a restart of who keeps it
                 member.leaving_s, member.told = now_s, "draining"
             if member.leaving_s is not None:
                 self._dismiss(member, member.leaving_s, now_s)
@@ -225,13 +227,14 @@ class Pool:
                 party = self._free_party() if kind == "dealer" else None
                 name = self.new_name(kind)
                 self.members[name] = Member(name, kind, party, self.launcher.launch(kind, name, party))
-            except TsqpError as error:
+            except TsqpError as error:  # noqa: PERF203  one try for each member
                 self._failed(kind, str(error), now_s)
                 return
 
     def _free_party(self) -> str:
         """Return a party that runs no dealer of this pool: two of one party protect no better than one."""
-        taken = {member.party for member in self.members.values() if member.kind == "dealer"}
+        dealers = [member for member in self.members.values() if member.kind == "dealer"]
+        taken = {each.report.place.party if each.report.place else each.party for each in dealers}
         parties = self.launcher.parties()
         check_parties(self.spec.dealers, parties)
         return min(parties - taken, default=None) or _no_party(self.spec.dealers, parties)
@@ -249,7 +252,9 @@ def check_apart(kind: Kind, place: Place, others: list[tuple[Kind, Place | None]
         PlacementError: it is refused.
     """
     if kind == "dealer" and not place.party:
-        raise PlacementError(f"a dealer was placed on node {place.address}, which is no other party's: it is not started.")
+        raise PlacementError(
+            f"a dealer was placed on node {place.address}, which is no other party's: it is not started."
+        )
     if kind == "worker" and place.party:
         raise PlacementError(
             f"a worker was placed on node {place.address} of the party {place.party}, which is for dealers: it is not "

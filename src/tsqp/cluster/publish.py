@@ -30,7 +30,7 @@ class Publisher:
         class Handler(BaseHTTPRequestHandler):
             timeout = _PATIENCE_S
 
-            def do_GET(self) -> None:  # noqa: N802  http.server's name for it
+            def do_GET(self) -> None:
                 found = self.path == PATH
                 body = publisher.text if found else b""
                 self.send_response(HTTPStatus.OK if found else HTTPStatus.NOT_FOUND)

@@ -11,7 +11,7 @@ from tsqp.errors import ConfigError
 WINDOW_S = 10.0
 # Loading a worker costs minutes for a large model, so it is given up only after it was of no use for long.
 IDLE_S = 120.0
-# Requests that wait at each worker, on average: above the first one more is started, below the second one is not needed.
+# Requests that wait at each worker, on average: above the first one more is started, below the second one ends.
 BUSY = 2.0
 IDLE = 0.25
 

@@ -1,4 +1,4 @@
-"""What a pool is told to be, and what is known of each of its members; plain data that travels between its processes."""
+"""What a pool is told to be, and what is known of each of its members; plain data that travels between processes."""
 
 from __future__ import annotations
 

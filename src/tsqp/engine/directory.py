@@ -15,12 +15,14 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from tsqp.config import WORKER_LEVELS, EnclaveConfig, EngineConfig
-from tsqp.errors import ConfigError, TransportError, TsqpError, printable
+from tsqp.engine.workers import Workers
+from tsqp.errors import ConfigError, IntegrityError, TransportError, TsqpError, printable
 from tsqp.transport.keys import load_public
 from tsqp.transport.urls import parse
 from tsqp.wire import directory
@@ -28,9 +30,10 @@ from tsqp.wire.directory import MAX_BYTES, Directory, Entry
 
 _log = logging.getLogger(__name__)
 
-# How many of a directory's workers are used: each has links, vectors and a mask pool of its own.
-MAX_WORKERS = 16
+# Who names so many that lie is listened to no more: each is remembered.
+MAX_LIES = 1000
 LOOK_S = 2.0
+_PAUSE_S = 0.2
 # Of one look, from the first byte to the last.
 TIMEOUT_S = 5.0
 _HTTP = "http://"
@@ -143,28 +146,37 @@ def _answer(connection: http.client.HTTPConnection, path: str, timeout_s: float)
 
 
 def chosen(
-    found: Directory, config: EnclaveConfig, trusted: Pins, current: Collection[str] = ()
+    found: Directory,
+    config: EnclaveConfig,
+    trusted: Pins,
+    most: int,
+    current: Collection[str] = (),
+    has_lied: Callable[[EnclaveConfig], bool] = lambda _config: False,
 ) -> tuple[EnclaveConfig, ...]:
-    """Return the settings for each worker that may be used, those of ``current`` first, at most ``MAX_WORKERS``.
+    """Return the settings for each worker that may be used, those of ``current`` first.
 
     Args:
         found: what the directory says.
         config: level, masks and whether links may be in clear; dealers that have addresses there keep them.
         trusted: from ``pins``.
+        most: how many are used at most: each has links, vectors and a mask pool of its own.
         current: addresses in use, which stay so.
+        has_lied: tells who is out of use for good.
 
     Raises:
         TransportError: no worker may be used, or a dealer is not there.
     """
     config = _with_dealers(found, config, trusted)
-    usable = [entry for entry in found.workers if _may_serve(entry, config, trusted)]
+    allowed = [entry for entry in found.workers if _may_serve(entry, config, trusted)]
+    allowed.sort(key=lambda entry: entry.address not in current)
+    usable = [replace(config, worker=entry.address, worker_key=entry.key) for entry in allowed]
+    usable = [each for each in usable if not has_lied(each)]
     if not usable:
         raise TransportError(
             f"the directory names {len(found.workers)} workers, and none that may be used at the level {config.level}: "
-            f"{'of those with a pinned key (--worker-key)' if trusted.workers else 'with encrypted links'} there is none."
+            f"{'none has a pinned key (--worker-key)' if trusted.workers else 'none has a key'}, or it has lied before."
         )
-    usable.sort(key=lambda entry: entry.address not in current)
-    return tuple(replace(config, worker=entry.address, worker_key=entry.key) for entry in usable[:MAX_WORKERS])
+    return tuple(usable[:most])
 
 
 def _with_dealers(found: Directory, config: EnclaveConfig, trusted: Pins) -> EnclaveConfig:
@@ -175,8 +187,8 @@ def _with_dealers(found: Directory, config: EnclaveConfig, trusted: Pins) -> Enc
     missing = [key for key in trusted.dealers if key not in places]
     if missing:
         raise TransportError(
-            f"the directory names no dealer with the key {missing[0]}, which is pinned (--dealer-key): nothing is masked "
-            "without it."
+            f"the directory names no dealer with the key {missing[0]}, which is pinned (--dealer-key): nothing is "
+            "masked without it."
         )
     return replace(config, dealers=tuple(places[key] for key in trusted.dealers))
 
@@ -195,27 +207,38 @@ def _may_serve(entry: Entry, config: EnclaveConfig, trusted: Pins) -> bool:
     return entry.key not in trusted.dealers and endpoint.url not in {parse(dealer).url for dealer in config.dealers}
 
 
+def first_workers(config: EnclaveConfig, engine: EngineConfig) -> tuple[EnclaveConfig, ...]:
+    """Return the settings for each worker that a directory names now; a pool has ``connect_timeout_s`` to come up.
+
+    Raises:
+        TsqpError: as ``pins``, ``read`` and ``chosen`` do.
+    """
+    trusted = pins(config, engine)
+    deadline = time.monotonic() + config.connect_timeout_s
+    while True:
+        try:
+            return chosen(read(engine.directory or ""), config, trusted, engine.directory_workers)
+        except TransportError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_PAUSE_S)
+
+
 class Follower:
-    """A thread that reads a directory again and again, and passes on what has changed.
+    """A thread that reads a directory again and again, and tells an engine's workers of what has changed.
 
     Args:
-        source: where it is; see ``read``.
         config: see ``chosen``.
-        trusted: from ``pins``.
-        first: what was passed on already.
-        change: told the settings for each worker; what it raises is logged, and changes nothing.
+        engine: where the directory is, and how many workers are used.
+        first: what ``first_workers`` gave.
+        workers: who are changed.
     """
 
     def __init__(
-        self,
-        source: str,
-        config: EnclaveConfig,
-        trusted: Pins,
-        first: tuple[EnclaveConfig, ...],
-        change: Callable[[tuple[EnclaveConfig, ...]], None],
+        self, config: EnclaveConfig, engine: EngineConfig, first: tuple[EnclaveConfig, ...], workers: Workers
     ) -> None:
-        self._source, self._config, self._trusted, self._change = source, config, trusted, change
-        self._last = first
+        self._config, self._engine, self._last, self._workers = config, engine, first, workers
+        self._trusted = pins(config, engine)
         self._told = ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="tsqp-directory", daemon=True)
@@ -231,15 +254,27 @@ class Follower:
             try:
                 self._look()
                 self._told = ""
-            except Exception as error:  # noqa: BLE001  a bug here must not end the looking
-                reason = str(error) if isinstance(error, TsqpError) else f"following it failed ({type(error).__name__})."
+            except Exception as error:  # noqa: BLE001, PERF203  a bug here must not end the looking
+                reason = (
+                    str(error) if isinstance(error, TsqpError) else f"following it failed ({type(error).__name__})."
+                )
                 if reason != self._told:
                     self._told = reason
                     _log.warning("the workers stay as they are: %s", reason)
 
     def _look(self) -> None:
-        current = {each.worker for each in self._last if each.worker}
-        configs = chosen(read(self._source), self._config, self._trusted, current)
+        if self._workers.lies > MAX_LIES:
+            raise IntegrityError(
+                f"more than {MAX_LIES} times somebody has lied: the directory is not followed any more."
+            )
+        configs = chosen(
+            read(self._engine.directory or ""),
+            self._config,
+            self._trusted,
+            self._engine.directory_workers,
+            {each.worker for each in self._last if each.worker},
+            lambda config: self._workers.liars.why(config) is not None,
+        )
         if {*configs} != {*self._last}:
-            self._change(configs)
+            self._workers.change(configs)
             self._last = configs

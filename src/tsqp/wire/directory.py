@@ -1,4 +1,4 @@
-"""The directory of a pool: where its workers and dealers are now, as JSON. Whoever publishes it is believed for nothing.
+"""The directory of a pool: where its workers and dealers are now, as JSON. Who publishes it is not believed.
 
 It says where a peer may be looked for, never who is trusted: keys that matter are in the enclave's own settings. So it
 names tcp addresses only, since a path would choose among what lies on the enclave's machine.
@@ -23,7 +23,7 @@ Address = Annotated[str, Meta(max_length=270, pattern=rf"\Atcp://{_HOST}:[0-9]{{
 
 
 class Entry(Struct, frozen=True, forbid_unknown_fields=True):
-    """A peer: where it listens, and the public key that it is said to hold, in z85; null where its links are in clear."""
+    """A peer: where it listens, and the public key that it is said to hold, in z85; null for links in clear."""
 
     address: Address
     key: Annotated[str, Meta(max_length=40)] | None = None
@@ -70,13 +70,13 @@ def encode(directory: Directory) -> bytes:
 def _check(directory: Directory) -> None:
     """Refuse what the types cannot: an address that is none, one that is there twice, a key that is none or a file."""
     entries = (*directory.workers, *directory.dealers)
+    keys = [entry.key for entry in entries if entry.key is not None]
+    if any(key.endswith((PUBLIC_SUFFIX, SECRET_SUFFIX)) for key in keys):  # settings would take it for a file's name
+        raise ProtocolError("the directory has a key that ends as the name of a key file does.")
     try:
         places = [parse(entry.address).url for entry in entries]
-        for entry in entries:
-            if entry.key is not None:
-                check_public(entry.key.encode())
-                if entry.key.endswith((PUBLIC_SUFFIX, SECRET_SUFFIX)):  # settings would take it for a file's name
-                    raise ConfigError("a key that ends as the name of a key file does.")
+        for key in keys:
+            check_public(key.encode())
     except ConfigError as error:
         raise ProtocolError(f"the directory has an entry that cannot be used: {printable(str(error))}") from None
     if twice := first_twice(places):

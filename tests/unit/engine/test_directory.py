@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tsqp.cluster.publish import PATH, Publisher
 from tsqp.config import EnclaveConfig, EngineConfig
-from tsqp.engine.directory import MAX_WORKERS, Pins, chosen, pins, read
+from tsqp.engine.directory import Pins, pins, read
+from tsqp.engine.directory import chosen as chosen_of
 from tsqp.errors import ConfigError, ProtocolError, TransportError
 from tsqp.transport.keys import ephemeral
 from tsqp.wire import directory
@@ -24,11 +26,16 @@ from tsqp.wire.directory import MAX_BYTES, Directory, Entry
 A, B, DEALER, OTHER = (ephemeral().public.decode() for _ in range(4))
 MASKED = EnclaveConfig(level="masked")
 VERIFIED = EnclaveConfig(level="verified")
+MOST = 8
 ANYBODY = Pins(frozenset(), ())
 
 
 def of(*workers: Entry, dealers: tuple[Entry, ...] = ()) -> Directory:
     return Directory(version=1, workers=workers, dealers=dealers)
+
+
+def chosen(found: Directory, config: EnclaveConfig, trusted: Pins, **more: Any) -> tuple[EnclaveConfig, ...]:
+    return chosen_of(found, config, trusted, MOST, **more)
 
 
 def addresses(configs: tuple[EnclaveConfig, ...]) -> list[str | None]:
@@ -103,8 +110,14 @@ def test_a_worker_with_the_key_or_the_place_of_a_dealer_is_not_used() -> None:
 def test_of_many_workers_some_are_used_first_of_all_those_in_use() -> None:
     found = of(*(Entry(f"tcp://10.0.0.1:{port}", A) for port in range(1, 101)))
     configs = chosen(found, MASKED, ANYBODY, current={"tcp://10.0.0.1:77"})
-    assert len(configs) == MAX_WORKERS
+    assert len(configs) == MOST
     assert configs[0].worker == "tcp://10.0.0.1:77"
+
+
+def test_who_has_lied_takes_nobodys_place() -> None:
+    found = of(*(Entry(f"tcp://10.0.0.1:{port}", A) for port in range(1, 21)))
+    configs = chosen(found, MASKED, ANYBODY, has_lied=lambda each: each.worker != "tcp://10.0.0.1:20")
+    assert addresses(configs) == ["tcp://10.0.0.1:20"]
 
 
 @pytest.mark.parametrize(

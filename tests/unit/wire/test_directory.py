@@ -79,8 +79,7 @@ def test_one_that_no_enclave_would_take_is_not_written() -> None:
 def answered(text: bytes) -> None:
     try:
         found = directory.decode(text)
-    except ProtocolError as error:
-        assert str(error).isprintable()
+    except ProtocolError:
         return
     assert all(entry.address.startswith("tcp://") for entry in (*found.workers, *found.dealers))
     assert directory.decode(directory.encode(found)) == found
