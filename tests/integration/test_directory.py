@@ -16,7 +16,7 @@ from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine import directory as following
 from tsqp.engine.api import Finished
 from tsqp.engine.opening import open_engine
-from tsqp.errors import ConfigError, HostileError, IntegrityError, TransportError
+from tsqp.errors import ConfigError, HostileError, IntegrityError, PeerKeyError, TransportError
 from tsqp.transport.keys import KeyPair, ephemeral
 from tsqp.wire import directory
 from tsqp.wire.directory import MAX_BYTES, MAX_PEERS, Directory, Entry
@@ -111,7 +111,7 @@ def test_who_has_lied_is_not_used_again_though_the_directory_names_it_for_ever(p
     received = len(liar.journal)
     for workers in ([(honest.address, keys[1])], [(liar.address, keys[0]), (honest.address, keys[1])]):
         pool.names(*workers)
-        until(lambda: run.engine.stats().workers_usable == 1)
+        run.until_ready()
         assert finishes(run) == local_ids(pool.site)
     # Not under another key either.
     pool.names((liar.address, keys[1]))
@@ -126,11 +126,14 @@ def test_a_key_that_is_pinned_holds_whatever_the_directory_says(pool: Pool) -> N
     pool.names((pretender.address, other))
     with pytest.raises(TransportError, match="none that may be used"):
         pool.run("verified", (pinned.public.decode(),))
+    pool.names((pretender.address, pinned))
+    with pytest.raises(PeerKeyError):
+        pool.run("verified", (pinned.public.decode(),))
     pool.names((holder.address, pinned))
     run = pool.run("verified", (pinned.public.decode(),))
     expected = finishes(run)
     pool.names((pretender.address, pinned), (holder.address, pinned))
-    until(lambda: run.engine.stats().integrity_failures == 1)
+    until(lambda: run.engine.stats().workers == 2)
     assert finishes(run) == expected
     assert pretender.journal == []
 
