@@ -44,6 +44,7 @@ _OTHER_VARIABLES = frozenset({"TSQP_CONFIG", "TSQP_CACHE", "TSQP_NATIVE", "TSQP_
 
 
 _MAX_THREADS = 4096
+_MAX_RANKS = 1024
 # A week; a poll counts milliseconds in 32 bits.
 _MAX_TIMEOUT_S = 604800
 _MAX_MESSAGE_BYTES = 1 << 40
@@ -71,6 +72,8 @@ class WorkerConfig:
     key. ``memory_limit``: at how many bytes of its own memory the process ends; None allows what the model takes and
     room beside it. ``serves``: float products (``open``), exact products of int8
     codes (``exact``), a dealer's mask products (``masks``), or by the model: ``exact`` for a packed one.
+    ``tensor_parallel``: how many processes hold the weights, each some rows of every group
+    (``worker/ranks``); None means one, or as many as torchrun started.
     ``cuda_graphs``: whether a GPU's products that repeat are captured. ``max_clients``: connections that are served.
     ``max_client_requests`` and ``max_client_bytes``: what one of them may have waiting, replies included
     (``worker/clients.py``). ``metrics``: where Prometheus reads what it does, ``host:port``; None means nowhere.
@@ -91,6 +94,7 @@ class WorkerConfig:
     insecure: str = _setting("off", "TSQP_INSECURE", choices=("on", "off"))
     memory_limit: int | None = _setting(None, "TSQP_MEMORY_LIMIT", limits=(1, 1 << 50))
     serves: str = _setting("auto", "TSQP_SERVES", choices=SERVICES)
+    tensor_parallel: int | None = _setting(None, "TSQP_TENSOR_PARALLEL", limits=(1, _MAX_RANKS))
     cuda_graphs: str = _setting("on", "TSQP_CUDA_GRAPHS", choices=("on", "off"))
     metrics: str | None = _setting(None, "TSQP_METRICS")
     log_level: str = _setting("info", "TSQP_LOG_LEVEL", choices=logs.LEVELS)

@@ -83,6 +83,10 @@ class TransportClosedError(TransportError):
     """A peer that had answered is gone."""
 
 
+class RankLostError(TransportClosedError):
+    """One of the processes that multiply together is gone or silent; the worker that they are cannot go on."""
+
+
 class BusyError(TransportError):
     """A worker holds as much of this client as it may, or has as many clients; later it may not."""
 

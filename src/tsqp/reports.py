@@ -24,7 +24,9 @@ class WorkerReady(Struct, frozen=True, kw_only=True):
     ``serves``: ``open`` float products, ``exact`` products of int8 codes, ``masks`` a dealer's mask products.
 
     ``public_key`` is what enclaves must be given to talk to it, in z85; null where its links are in clear.
-    ``memory_limit`` is the number of bytes of its own memory beyond which it ends; null where that cannot be watched.
+    ``tensor_parallel`` is how many processes compute each product together; ``device``, ``threads`` and
+    ``memory_limit`` are of the first. ``memory_limit`` is the number of bytes of its own memory beyond which it ends;
+    null where that cannot be watched.
     """
 
     model: str
@@ -33,6 +35,7 @@ class WorkerReady(Struct, frozen=True, kw_only=True):
     dtype: str
     serves: Literal["open", "exact", "masks"]
     threads: int
+    tensor_parallel: int
     modules: int
     endpoints: list[str]
     protocol: int

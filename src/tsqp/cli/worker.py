@@ -39,6 +39,13 @@ def worker(
     device: Annotated[str | None, typer.Option(help="cpu or cuda:N.", show_default="cuda:0 where there is one")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="float32")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="How many processes hold the weights, each some rows of every layer.",
+            show_default="1, or as torchrun says",
+        ),
+    ] = None,
     key: Annotated[
         str | None,
         typer.Option(help="Encrypt every link with this key, a file NAME.key_secret.", show_default="links in clear"),
@@ -92,6 +99,7 @@ def worker(
         "device": device,
         "dtype": dtype,
         "threads": threads,
+        "tensor_parallel": tensor_parallel,
         "key": key,
         "metrics": metrics,
         "log_level": log_level,
@@ -121,8 +129,11 @@ def serve(flags: Mapping[str, object], *, as_json: bool, exit_with_parent: bool)
         share_cores()
         from tsqp.reports import WorkerReady
         from tsqp.worker.limits import watched
+        from tsqp.worker.ranks.follower import follow_torchrun
         from tsqp.worker.startup import Progress, open_worker
 
+        if follow_torchrun(config):
+            return
         limits = stack.enter_context(watched(config.memory_limit, config.max_message_bytes))
         hangup_fd = sys.stdin.fileno() if exit_with_parent else None
         with progress() as step, ending_with_parent(hangup_fd) if hangup_fd is not None else nullcontext():
@@ -135,6 +146,7 @@ def serve(flags: Mapping[str, object], *, as_json: bool, exit_with_parent: bool)
             dtype=running.dtype,
             serves=running.serves,
             threads=running.threads,
+            tensor_parallel=running.ranks,
             modules=running.modules,
             endpoints=[endpoint.url for endpoint in running.endpoints],
             protocol=PROTOCOL_VERSION,
@@ -150,8 +162,10 @@ def serve(flags: Mapping[str, object], *, as_json: bool, exit_with_parent: bool)
 
 def _show(ready: WorkerReady) -> None:
     what = {"open": "", "exact": ", exact products", "masks": ", mask products"}[ready.serves]
+    ranks = f", {ready.tensor_parallel} ranks" if ready.tensor_parallel > 1 else ""
     typer.echo(
-        f"{ready.model} on {ready.device} in {ready.dtype}{what}: {ready.modules} modules, {ready.threads} threads"
+        f"{ready.model} on {ready.device} in {ready.dtype}{what}{ranks}: {ready.modules} modules, "
+        f"{ready.threads} threads"
     )
     if ready.public_key:
         typer.echo(f"public key {ready.public_key}")

@@ -19,6 +19,7 @@ from tsqp.arith import panels
 from tsqp.arith.chain_kernel import ChainKernel, ChainWeights, Weights
 from tsqp.errors import DeviceMemoryError, InputError
 from tsqp.model.architecture import EMBEDDING_MODULE, LinearGroup, LlamaConfig, linear_groups, weight_shapes
+from tsqp.model.share import WHOLE, Share, parts
 from tsqp.model.weights import Checkpoint
 
 # A hint to oneDNN; its layout serves any number of rows.
@@ -113,6 +114,8 @@ class Linears:
         dtype: float32, float16 or bfloat16.
         device: where products are computed.
         on_progress: called with the fraction loaded.
+        share: which rows of each group to load, and to multiply by. The first rank has the embedding table too, all of
+            it and beside its rows of a tied head; the others have none.
 
     Raises:
         WeightsError: a tensor is missing or has another shape.
@@ -126,18 +129,20 @@ class Linears:
         dtype: torch.dtype,
         device: torch.device,
         on_progress: Callable[[float], None] | None = None,
+        share: Share = WHOLE,
     ) -> None:
         checkpoint.require(weight_shapes(config))
-        self.config, self.dtype, self.device = config, dtype, device
+        self.config, self.dtype, self.device, self.share = config, dtype, device, share
         self.groups = {group.name: group for group in linear_groups(config)}
         self._kernels = panels.kernels_for(dtype, device)
         self._panels: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
         self._plain: dict[str, Tensor] = {}
-        self._embedding_VD: Tensor | None
+        self._embedding_VD: Tensor | None = None
         with memory_errors("loading", device), torch.inference_mode():
-            self._load_embedding(checkpoint)
+            if share.rank == 0:
+                self._load_embedding(checkpoint)
             scratch = self._scratch()
             # The head first: the copy that its panels are made from is large, and not wanted when all else is there.
             for done, group in enumerate(sorted(self.groups.values(), key=lambda group: group.name != "head")):
@@ -153,15 +158,19 @@ class Linears:
         if not self._kernels and not (self.device.type == "cpu" and onednn_computes(self.dtype)):
             return None
         return self._empty(
-            max(group.rows * group.in_features for group in self.groups.values() if group.name != "head")
+            max(len(self.rows(group)) * group.in_features for group in self.groups.values() if group.name != "head")
         )
+
+    def rows(self, group: LinearGroup) -> range:
+        """Return which of a group's rows are here."""
+        return self.share.of(group.rows)
 
     def _load_embedding(self, checkpoint: Checkpoint) -> None:
         """Read the embedding table, as rows, or as the panels of a tied head."""
         table_VD = self._empty(self.config.vocab_size, self.config.hidden_size)
         checkpoint.read_into(f"{EMBEDDING_MODULE}.weight", table_VD)
         self._embedding_VD = table_VD
-        if not self.config.tied_head:
+        if not self.config.tied_head or not self.share.is_whole:
             return
         if self._kernels:
             self._panels["head"] = panels.lay_out(table_VD)
@@ -170,14 +179,16 @@ class Linears:
             self._weights["head"] = table_VD
 
     def _load(self, group: LinearGroup, checkpoint: Checkpoint, scratch: Tensor | None) -> None:
-        if group.name == "head" and self.config.tied_head:
+        tied = group.name == "head" and self.config.tied_head
+        if tied and self.share.is_whole:
             return
-        shape = (group.rows, group.in_features)
+        rows = self.rows(group)
+        shape = (len(rows), group.in_features)
         if group.name == "head":
             scratch = None
         weight_NK = self._empty(*shape) if scratch is None else scratch[: math.prod(shape)].view(shape)
-        for member, part in zip(group.members, weight_NK.split(group.out_features), strict=True):
-            checkpoint.read_into(f"{member}.weight", part)
+        for member, some, place in parts(group, rows):
+            checkpoint.read_into(f"{EMBEDDING_MODULE if tied else member}.weight", weight_NK[place], some)
         if self._kernels:
             self._panels[group.name] = panels.lay_out(weight_NK)
         elif scratch is None:
@@ -185,9 +196,9 @@ class Linears:
         else:
             self._weights[group.name] = _onednn_layout(weight_NK)
         if group.bias:
-            bias_N = self._biases[group.name] = self._empty(group.rows)
-            for member, part in zip(group.members, bias_N.split(group.out_features), strict=True):
-                checkpoint.read_into(f"{member}.bias", part)
+            bias_N = self._biases[group.name] = self._empty(len(rows))
+            for member, some, place in parts(group, rows):
+                checkpoint.read_into(f"{member}.bias", bias_N[place], some)
 
     @torch.inference_mode()
     def linear(self, name: str, x_MK: Tensor, member: int | None = None) -> Tensor:
@@ -218,7 +229,7 @@ class Linears:
 
         Args:
             name: the group.
-            x_MK: the rows.
+            x_MK: the operand's rows.
             out_MN: where to store the result, in the weights' dtype, rows perhaps of wider ones; by default new memory.
         """
         with memory_errors(f"linear {name}", self.device):
@@ -226,7 +237,7 @@ class Linears:
             if x_MK.dtype != self.dtype or x_MK.device != self.device:
                 x_MK = x_MK.to(self.device, self.dtype)
             if self._kernels and panels is not None:
-                y_MN = self._empty(x_MK.shape[0], self.groups[name].rows) if out_MN is None else out_MN
+                y_MN = self._empty(x_MK.shape[0], len(self.rows(self.groups[name]))) if out_MN is None else out_MN
                 self._kernels.multiply_floats(x_MK, panels, bias_N, y_MN)
                 return y_MN
             y_MN = product(x_MK, self._weights[name], bias_N)

@@ -270,8 +270,13 @@ class WorkerCodes:
             (group.name, group.rows, group.in_features, self._labels[group.name].sha256) for group in self.groups
         )
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: range | None = None) -> Tensor:
         """Copy one group's codes out of its file.
+
+        Args:
+            name: the group's.
+            rows: consecutive ones that are wanted; by default all. The digest is of all, so the others are read too, a
+                piece at a time.
 
         Returns:
             int8, shape (N, K), within [-127, 127].
@@ -282,7 +287,7 @@ class WorkerCodes:
         if name not in self._files:
             raise WeightsError(f"{self.directory} has no codes of {name!r}.")
         path, header = self._files[name]
-        codes_NK, found = read_tensor(path, header.tensors[name])
+        codes_NK, found = read_tensor(path, header.tensors[name], rows)
         expected = self._labels[name].sha256
         if found != expected:
             raise WeightsError(

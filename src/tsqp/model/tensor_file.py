@@ -107,20 +107,31 @@ def _parse(header: bytes, size: int, path: Path) -> Header:
     return Header(dict(sorted(places.items(), key=lambda item: item[1].start)), metadata)
 
 
-def read_tensor(path: Path, place: Place) -> tuple[Tensor, str]:
-    """Copy one tensor out of its file.
+def read_tensor(path: Path, place: Place, rows: range | None = None) -> tuple[Tensor, str]:
+    """Copy one tensor out of its file, or some rows of it.
+
+    Args:
+        path: the file.
+        place: where in it.
+        rows: consecutive ones that are wanted; by default all. The others are read and hashed, and not kept.
 
     Returns:
-        The tensor, and the SHA-256 of the bytes it is made of, 64 hexadecimal digits.
+        The rows, and the SHA-256 of the whole tensor's bytes, 64 hexadecimal digits.
 
     Raises:
         WeightsError: the file cannot be read or has become shorter.
     """
-    value = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+    before, shape = 0, place.shape
+    if rows is not None:
+        before, shape = rows.start * ((place.end - place.start) // shape[0]), (len(rows), *shape[1:])
+    value = torch.empty(shape, dtype=DTYPES[place.dtype])
+    digest = hashlib.sha256()
     with reading(path), path.open("rb") as file:
         file.seek(place.start)
-        digest = _fill(file, value.view(-1).view(torch.uint8), path)
-    return value, digest
+        _skip(file, before, digest, path)
+        _fill(file, value.view(-1).view(torch.uint8), digest, path)
+        _skip(file, place.end - file.tell(), digest, path)
+    return value, digest.hexdigest()
 
 
 def read_all(path: Path, limit_bytes: int) -> tuple[Tensor, str]:
@@ -140,8 +151,9 @@ def read_all(path: Path, limit_bytes: int) -> tuple[Tensor, str]:
         size = path.stat().st_size
         if not 0 < size <= limit_bytes:
             raise WeightsError(f"{path} has {size} bytes; expected 1 to {limit_bytes}. Pack the model again.")
-        content = torch.empty(size, dtype=torch.uint8)
-        return content, _fill(file, content, path)
+        content, digest = torch.empty(size, dtype=torch.uint8), hashlib.sha256()
+        _fill(file, content, digest, path)
+        return content, digest.hexdigest()
 
 
 def read_small(path: Path, limit_bytes: int) -> tuple[bytes, str]:
@@ -150,15 +162,22 @@ def read_small(path: Path, limit_bytes: int) -> tuple[bytes, str]:
     return content.numpy().tobytes(), digest
 
 
-def _fill(file: BufferedReader, out: Tensor, path: Path) -> str:
-    """Read into all of ``out`` (uint8) and return the SHA-256 of what was read."""
-    digest = hashlib.sha256()
+def _fill(file: BufferedReader, out: Tensor, digest: hashlib._Hash, path: Path) -> None:
+    """Read into all of ``out`` (uint8) and hash what was read."""
     for part in out.split(_CHUNK_BYTES):
         view = memoryview(part.numpy())
         if file.readinto(view) != len(view):
             raise WeightsError(f"{path} became shorter while it was read; nothing may write to a packed model.")
         digest.update(view)
-    return digest.hexdigest()
+
+
+def _skip(file: BufferedReader, size: int, digest: hashlib._Hash, path: Path) -> None:
+    """Read and hash so many bytes, and keep none."""
+    chunk = torch.empty(min(size, _CHUNK_BYTES), dtype=torch.uint8)
+    while size > 0:
+        part = chunk[: min(size, _CHUNK_BYTES)]
+        _fill(file, part, digest, path)
+        size -= len(part)
 
 
 def file_digest(path: Path) -> str:

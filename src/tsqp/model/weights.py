@@ -96,17 +96,22 @@ class Checkpoint:
         """
         return self._read(name, self.tensors[name].shape, 0)
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str, rows: range | None = None) -> Iterator[Tensor]:
         """Yield a tensor in blocks of whole rows, some 16 MB of float32 each, so that memory does not grow with it.
+
+        Args:
+            name: the tensor's.
+            rows: consecutive ones of it, which alone are read; by default all.
 
         Raises:
             WeightsError: the file cannot be read.
         """
         stored = self.tensors[name]
-        rows = stored.shape[0] if stored.shape else 0
+        rows = range(stored.shape[0] if stored.shape else 0) if rows is None else rows
         step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(stored.shape[1:])))
-        for first in range(0, rows, step):
-            yield self._read(name, (min(step, rows - first), *stored.shape[1:]), first * math.prod(stored.shape[1:]))
+        for first in range(rows.start, rows.stop, step):
+            shape = (min(step, rows.stop - first), *stored.shape[1:])
+            yield self._read(name, shape, first * math.prod(stored.shape[1:]))
 
     def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
         stored = self.tensors[name]
@@ -127,10 +132,10 @@ class Checkpoint:
             raise WeightsError(f"{stored.file}: cannot read tensor {name!r} ({error.strerror}).") from error
         return value
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Copy one tensor into ``out``, which has its shape and may have another dtype or device."""
+    def read_into(self, name: str, out: Tensor, rows: range | None = None) -> None:
+        """Copy one tensor, or some rows, into ``out``, which has their shape and may have another dtype or device."""
         first = 0
-        for block in self.blocks(name):
+        for block in self.blocks(name, rows):
             out[first : first + len(block)].copy_(block)
             first += len(block)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tsqp.errors import DeviceError, TsqpError
 from tsqp.worker.batching import Waiting
+from tsqp.worker.devices import device_failed
 from tsqp.worker.graphs import Capturing, Graph, GraphCache
 from tsqp.worker.lanes import CudaLane, Lane, Moment, Staging
 from tsqp.worker.products import Product, Result, compute, placed
@@ -166,11 +167,7 @@ class CudaEngine:
 
     def _fail(self, error: RuntimeError) -> None:
         """Take the device for lost: an error that comes with an event comes with every call from then on."""
-        words = str(error).partition("\n")[0]
-        self._failure = DeviceError(
-            f"{self.service.device} has failed, and this process cannot use it any more ({words}): "
-            "start the worker again; nvidia-smi and the kernel's log may say why."
-        )
+        self._failure = device_failed(self.service.device, error)
         self._done += [Product(flight.requests, [self._failure] * len(flight.requests), 0) for flight in self._flying]
         self._flying.clear()
         self._free.clear()

@@ -86,6 +86,8 @@ class _Collector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._dispatcher.stats()
         yield _info(self._dispatcher.welcome())
+        ranks = self._dispatcher.service.ranks
+        yield GaugeMetricFamily("tsqp_worker_tensor_parallel", "Processes that compute each product.", value=ranks)
         yield _requests(stats)
         for name, (field, text) in _COUNTERS.items():
             yield CounterMetricFamily(f"tsqp_worker_{name}", text, value=getattr(stats, field))

@@ -66,7 +66,7 @@ class Engine(Protocol):
 
 
 class CpuEngine:
-    """Computes when asked to start.
+    """Computes when asked to start, wherever the service does.
 
     Args:
         service: computes the products.

@@ -92,8 +92,8 @@ class Worker:
 
 
 def engine_for(service: WorkerService, *, cuda_graphs: bool) -> Engine:
-    """Return what computes a service's products on its device."""
-    if service.device.type == "cuda":
+    """Return what computes a service's products on its device. Several ranks compute one product at a time."""
+    if service.device.type == "cuda" and service.ranks == 1:
         from tsqp.worker.cuda import CudaEngine  # noqa: PLC0415  a worker on a CPU does not need it
 
         return CudaEngine(service, graphs=cuda_graphs)

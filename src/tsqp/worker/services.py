@@ -41,6 +41,8 @@ class WorkerService(Protocol):
     chains: dict[str, str]
     device: torch.device
     wire_dtypes: tuple[messages.DtypeName, ...]
+    # How many processes compute each product together.
+    ranks: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,6 +117,7 @@ class OpenService:
         self.groups, self.device = linears.groups, linears.device
         self.dtype = self.rows_dtype = linears.dtype
         self.state = state
+        self.ranks = linears.share.ranks
         self._chains = LinearChains(linears, state)
         self._hidden = linears.config.hidden_size
         self.chains = {name: chain.groups[-1].name for name, chain in self._chains.by_name.items()}
@@ -219,23 +222,24 @@ class _CodesService:
         self.chains: dict[str, str] = {}
         self.device = device
         self.state: dict[str, Tensor] = {}
+        self.ranks = 1
         self._codes = codes
 
-    def _codes_of(self, group: str) -> Codes:
-        codes = self._codes.get(group)
-        if codes is None:
-            raise InputError(f"no linear group is named {group!r}.")
-        return codes
+    def _group(self, name: str) -> LinearGroup:
+        group = self.groups.get(name)
+        if group is None:
+            raise InputError(f"no linear group is named {name!r}.")
+        return group
 
     def widths(self, name: str) -> tuple[int, int]:
         """See ``WorkerService.widths``."""
-        codes = self._codes_of(name)
-        return codes.inputs, codes.rows
+        group = self._group(name)
+        return group.in_features, group.rows
 
     def multiply(self, name: str, x_MK: Tensor, out_MN: Tensor | None = None) -> Tensor:
         """See ``WorkerService.multiply``."""
         with memory_errors(f"exact linear {name}", self.device):
-            return multiply(x_MK.to(self.device), self._codes_of(name), out_MN)
+            return multiply(x_MK.to(self.device), self._codes[name], out_MN)
 
     def weights(self, group: str) -> Tensor | None:
         """See ``WorkerService.weights``."""
@@ -263,10 +267,10 @@ class ExactService(_CodesService):
                 self._check(group, tensors[0])
                 return self.multiply(group, tensors[0]).cpu()
             case messages.Codes(group=group, first=first, rows=rows):
-                codes = self._codes_of(group)
-                if first + rows > codes.rows:
-                    raise InputError(f"codes of {group} have {codes.rows} rows; rows up to {first + rows} asked.")
-                return codes.plain(first, rows).cpu()
+                known = self._group(group).rows
+                if first + rows > known:
+                    raise InputError(f"codes of {group} have {known} rows; rows up to {first + rows} asked.")
+                return self.plain(group, first, rows).cpu()
             case _:
                 raise _refused(header, self.serves)
 
@@ -281,13 +285,17 @@ class ExactService(_CodesService):
         """See ``WorkerService.operand``."""
         return tensors[0]
 
-    def _check(self, group: str, x_MK: Tensor) -> None:
-        codes = self._codes_of(group)
-        if x_MK.ndim != 2 or x_MK.dtype != torch.int32 or x_MK.shape[1] != codes.inputs:  # noqa: PLR2004
+    def plain(self, name: str, first: int, rows: int) -> Tensor:
+        """Return rows of a group's codes: int8, shape (rows, K)."""
+        return self._codes[name].plain(first, rows)
+
+    def _check(self, name: str, x_MK: Tensor) -> None:
+        inputs, outputs = self.widths(name)
+        if x_MK.ndim != 2 or x_MK.dtype != torch.int32 or x_MK.shape[1] != inputs:  # noqa: PLR2004
             raise InputError(
-                f"exact linear {group} expects int32 of shape [M, {codes.inputs}], got {x_MK.dtype} {list(x_MK.shape)}."
+                f"exact linear {name} expects int32 of shape [M, {inputs}], got {x_MK.dtype} {list(x_MK.shape)}."
             )
-        bound_result((len(x_MK), codes.rows))
+        bound_result((len(x_MK), outputs))
 
 
 class DealerService(_CodesService):
@@ -308,8 +316,7 @@ class DealerService(_CodesService):
         """See ``WorkerService.rows``. Each request's rows are of a seed of its own; only the group must be one."""
         if not isinstance(header, messages.MaskProduct):
             return None
-        codes = self._codes_of(header.group)
-        bound_result((header.count, max(codes.rows, codes.inputs)))
+        bound_result((header.count, max(self.widths(header.group))))
         if header.first + header.count > MAX_ROWS:
             raise InputError(f"mask rows {header.first} to {header.first + header.count}: at most {MAX_ROWS} exist.")
         return Rows(header.group, header.count)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,13 +14,12 @@ import torch
 from tsqp.arith import native, ring
 from tsqp.config import DEALER_PORT, WorkerConfig
 from tsqp.errors import ConfigError, SetupError
-from tsqp.model.architecture import module_count, read_config, weight_shapes
+from tsqp.model.architecture import LinearGroup, linear_groups, module_count
 from tsqp.model.digest import model_digest
-from tsqp.model.linears import Linears, memory_errors
-from tsqp.model.locate import is_packed_model, locate, locate_packed
+from tsqp.model.linears import Linears
+from tsqp.model.locate import is_packed_model, locate_packed
 from tsqp.model.ops import read_state
 from tsqp.model.packed import open_codes
-from tsqp.model.weights import Checkpoint
 from tsqp.threads import set_threads
 from tsqp.transport.keys import KeyPair, load_allowed, load_secret
 from tsqp.transport.nearby import make_nearby
@@ -29,8 +29,13 @@ from tsqp.wire import codec
 from tsqp.wire.messages import Service
 from tsqp.worker.clients import Limits
 from tsqp.worker.dispatch import Dispatcher
+from tsqp.worker.loading import open_checkpoint, read_codes
+from tsqp.worker.ranks.leader import Leader
+from tsqp.worker.ranks.links import Load
+from tsqp.worker.ranks.placement import Placement, placement, rank_device
+from tsqp.worker.ranks.split import SplitExactService, SplitLinears
 from tsqp.worker.server import Worker
-from tsqp.worker.services import DealerService, ExactService, OpenService
+from tsqp.worker.services import DealerService, ExactService, OpenService, WorkerService
 
 if TYPE_CHECKING:
     from tsqp.worker.metrics import MetricsServer
@@ -63,6 +68,12 @@ class RunningWorker:
     digest: str
     public_key: str | None
     metrics: MetricsServer | None
+    leader: Leader | None
+
+    @property
+    def ranks(self) -> int:
+        """How many processes compute each product together."""
+        return self.worker.dispatcher.service.ranks
 
     def serve(self) -> None:
         """Answer requests until SIGINT or SIGTERM, or until the parent hangs up; then close.
@@ -78,6 +89,8 @@ class RunningWorker:
             self.transport.close()
             if self.metrics:
                 self.metrics.close()
+            if self.leader:
+                self.leader.close()
 
 
 def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None = None) -> RunningWorker:
@@ -92,8 +105,9 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         ConfigError: an address beyond this machine, no key, and nobody said that this is meant.
         SetupError: device or key missing, address in use, model missing or too large.
     """
-    threads = set_threads(config.threads)
-    device = resolve_device(config.device, progress.notice)
+    place = placement(config, os.environ)
+    threads = set_threads(config.threads if place.share.is_whole else place.threads(config.threads))
+    device = rank_device(config.device, place.local, progress.notice)
     endpoints = tuple(parse(url) for url in config.listen) or _default_endpoints(config, progress)
     key = load_secret(config.key) if config.key is not None else None
     allowed = load_allowed(config.allow)
@@ -110,7 +124,7 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         metrics = _metrics(config.metrics, progress)
         if metrics:
             opened.callback(metrics.close)
-        dispatcher = _load(config, device, progress)
+        dispatcher, leader = _load(config, device, place, progress, opened)
         opened.pop_all()
     if metrics:
         metrics.show(dispatcher)
@@ -127,6 +141,7 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         digest=dispatcher.digest,
         public_key=key.public.decode() if key else None,
         metrics=metrics,
+        leader=leader,
     )
 
 
@@ -177,64 +192,80 @@ def _check_dealer(endpoints: tuple[Endpoint, ...], key: KeyPair | None, progress
         )
 
 
-def _load(config: WorkerConfig, device: torch.device, progress: Progress) -> Dispatcher:
+def _load(
+    config: WorkerConfig, device: torch.device, place: Placement, progress: Progress, opened: ExitStack
+) -> tuple[Dispatcher, Leader | None]:
     if config.serves in ("exact", "masks") or (config.serves == "auto" and is_packed_model(config.model)):
-        return _load_codes(config, device, progress)
-    directory = locate(config.model, lambda done: progress.step("converting the model", done))
-    architecture = read_config(directory)
-    checkpoint = Checkpoint(directory)
-    checkpoint.require(weight_shapes(architecture))
+        return _load_codes(config, device, place, progress, opened)
+    architecture, checkpoint = open_checkpoint(config.model, lambda done: progress.step("converting the model", done))
+    leader = _leader(place, linear_groups(architecture), opened)
     digest = model_digest(architecture, checkpoint, lambda done: progress.step("hashing the weights", done))
     dtype = codec.TORCH_DTYPES[config.dtype]
-    linears = Linears(architecture, checkpoint, dtype, device, lambda done: progress.step("loading the weights", done))
+    step = _step("loading the weights", progress, leader)
+    if leader:
+        leader.load(_order(config, device, place, digest, exact=False))
+        linears: Linears = SplitLinears(leader, architecture, checkpoint, dtype, device, step)
+        leader.join(device)
+    else:
+        linears = Linears(architecture, checkpoint, dtype, device, step)
     service = OpenService(linears, read_state(linears, checkpoint))
-    return Dispatcher(service, config.model, digest, _limits(config))
+    return Dispatcher(service, config.model, digest, _limits(config)), leader
+
+
+def _leader(place: Placement, groups: Sequence[LinearGroup], opened: ExitStack) -> Leader | None:
+    """Start the other ranks, if there are to be any."""
+    if place.share.is_whole:
+        return None
+    place.share.check(groups)
+    leader = Leader(place)
+    opened.callback(leader.close)
+    return leader
+
+
+def _step(name: str, progress: Progress, leader: Leader | None) -> Callable[[float], None]:
+    """Report a step, and look after the other ranks meanwhile."""
+
+    def step(done: float) -> None:
+        if leader:
+            leader.check()
+        progress.step(name, done)
+
+    return step
+
+
+def _order(config: WorkerConfig, device: torch.device, place: Placement, digest: str, *, exact: bool) -> Load:
+    return Load(
+        model=config.model,
+        digest=digest,
+        exact=exact,
+        dtype=config.dtype,
+        device=str(device),
+        threads=place.threads(config.threads),
+        log_level=config.log_level,
+        log_format=config.log_format,
+    )
 
 
 def _limits(config: WorkerConfig) -> Limits:
     return Limits(config.max_clients, config.max_client_requests, config.max_client_bytes)
 
 
-def _load_codes(config: WorkerConfig, device: torch.device, progress: Progress) -> Dispatcher:
-    """Load int8 codes, each checked against its digest, and lay them out for a kernel that has been tried."""
-    directory = locate_packed(config.model, lambda done: progress.step("packing the model", done))
-    packed = open_codes(directory)
-    codes = {}
-    with memory_errors("loading", device):
-        for done, group in enumerate(packed.groups):
-            codes[group.name] = ring.lay_out(packed.read(group.name).to(device))
-            progress.step("loading the codes", (done + 1) / len(packed.groups))
+def _load_codes(
+    config: WorkerConfig, device: torch.device, place: Placement, progress: Progress, opened: ExitStack
+) -> tuple[Dispatcher, Leader | None]:
+    """Load int8 codes."""
+    packed = open_codes(locate_packed(config.model, lambda done: progress.step("packing the model", done)))
+    leader = _leader(place, packed.groups, opened)
+    if leader:
+        leader.load(_order(config, device, place, packed.codes_digest, exact=True))
+    codes = read_codes(packed, device, place.share, _step("loading the codes", progress, leader))
     for slower in (native.notice() if device.type == "cpu" else None, ring.notice(device)):
         if slower:
             progress.notice(slower)
-    service = (DealerService if config.serves == "masks" else ExactService)(packed.groups, codes, device)
-    return Dispatcher(service, config.model, packed.codes_digest, _limits(config))
-
-
-def resolve_device(asked: str | None, notice: Callable[[str], None]) -> torch.device:
-    """Return the device to compute on.
-
-    Args:
-        asked: ``cpu`` or ``cuda:N``; None for the published default, ``cuda:0`` where there is one.
-        notice: told in one line when there is none and the CPU is used.
-
-    Raises:
-        ConfigError: not a device name.
-        SetupError: the user asked for a GPU that is missing.
-    """
-    if asked is None and not torch.cuda.is_available():
-        notice("no CUDA device found, using the CPU (--device or LLAMA_GPU_DEVICE chooses).")
-        return torch.device("cpu")
-    try:
-        device = torch.device(asked or "cuda:0")
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {asked!r}: expected cpu or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"unknown device {asked!r}: expected cpu or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise SetupError(
-            f"device {asked} was asked for, but torch {torch.__version__} finds {found} CUDA devices. "
-            "Check nvidia-smi and that torch is a CUDA build, or use --device cpu."
-        )
-    return device
+    service: WorkerService
+    if leader:
+        leader.join(device)
+        service = SplitExactService(leader, packed.groups, codes, device)
+    else:
+        service = (DealerService if config.serves == "masks" else ExactService)(packed.groups, codes, device)
+    return Dispatcher(service, config.model, packed.codes_digest, _limits(config)), leader

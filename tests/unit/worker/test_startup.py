@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tsqp.transport.keys import create
 from tsqp.transport.nearby import find_nearby
 from tsqp.worker import server, startup
 from tsqp.worker.products import Engine
+from tsqp.worker.ranks.placement import placement
 from tsqp.worker.services import WorkerService
 from tsqp.worker.startup import Progress, _load_codes, open_worker
 
@@ -79,6 +81,12 @@ def test_a_second_worker_says_that_the_place_is_taken_and_leaves_the_first_its_s
         first.transport.close()
 
 
+def load_codes(packed: Path, progress: Progress) -> None:
+    config = WorkerConfig(model=str(packed), serves="exact")
+    with ExitStack() as stack:
+        _load_codes(config, torch.device("cpu"), placement(config, {}), progress, stack)
+
+
 @pytest.mark.parametrize("built", ["built", "missing"])
 def test_missing_native_kernels_are_said_once(
     tiny_llama: Path, tmp_path: Path, built: str, monkeypatch: pytest.MonkeyPatch
@@ -89,7 +97,7 @@ def test_missing_native_kernels_are_said_once(
         monkeypatch.setattr(native, "_extension", None)
     notices: list[str] = []
     progress = Progress(notices.append, lambda _name, _done: None)
-    _load_codes(WorkerConfig(model=str(packed), serves="exact"), torch.device("cpu"), progress)
+    load_codes(packed, progress)
     assert len(notices) == (built == "missing")
     assert all("install a C compiler" in notice for notice in notices)
 
@@ -105,7 +113,7 @@ def test_a_kernel_that_errs_is_said_with_the_one_that_serves(
     progress = Progress(notices.append, lambda _name, _done: None)
     ring.tried.cache_clear()
     try:
-        _load_codes(WorkerConfig(model=str(packed), serves="exact"), torch.device("cpu"), progress)
+        load_codes(packed, progress)
     finally:
         ring.tried.cache_clear()
     (notice,) = notices
