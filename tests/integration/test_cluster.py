@@ -16,8 +16,7 @@ import psutil
 import pytest
 from engine_answers import Answer
 from fake_engine import byte_tokenizer
-from sites import PROMPT, Running, until
-from workers import free_port
+from sites import Running, until
 
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import Finished
@@ -34,14 +33,14 @@ pytest.importorskip("ray")
 import ray  # noqa: E402  it reads the environment
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from tsqp.cluster.controller import PoolClient, PoolState  # noqa: E402
+from tsqp.cluster.controller import MemberState, PoolClient, PoolState  # noqa: E402
 from tsqp.cluster.link import connected  # noqa: E402
 from tsqp.cluster.scaling import Bounds  # noqa: E402
 from tsqp.cluster.spec import PARTY_LABEL, PoolSpec, Wanted  # noqa: E402
 from tsqp.errors import ConfigError  # noqa: E402
 
+TOKENS = 200
 pytestmark = pytest.mark.filterwarnings("ignore")
-WORKERS = 3
 
 
 @dataclass
@@ -57,3 +56,185 @@ class Place:
         """Make a key; return its file, for a node, and its public text, for enclaves."""
         public, secret = keys.create(self.directory, name)
         return str(secret), keys.read_public(public).decode()
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama: Path, tiny_packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    node = {"include_dashboard": False, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, **node})
+    try:
+        cluster.add_node(num_cpus=2, labels={PARTY_LABEL: "acme"}, object_store_memory=80 << 20)
+        with connected(cluster.address) as address:
+            yield Place(address, tiny_llama, tiny_packed, tmp_path_factory.mktemp("keys"))
+    finally:
+        cluster.shutdown()
+
+
+def spec_of(name: str, model: Path, **more: Any) -> PoolSpec:
+    words = ("--model", str(model), "--device", "cpu")
+    return PoolSpec(name=name, arguments=words, dealer_arguments=words, cpus=0.5, settle_s=3.0, **more)
+
+
+def until_at_size(client: PoolClient) -> PoolState:
+    until(lambda: client.state().is_at_size)
+    return client.state()
+
+
+@dataclass
+class Pools:
+    """One for each kind of trust: masked with a dealer, and open, where the worker's key is pinned."""
+
+    masked: PoolClient
+    open: PoolClient
+    worker_key: str
+    dealer_key: str
+
+
+@pytest.fixture(scope="module")
+def pools(place: Place) -> Pools:
+    (secret, worker_key), (dealer_secret, dealer_key) = place.key("worker"), place.key("dealer")
+    two = Wanted(workers=2, bounds=Bounds(2, 2))
+    masked = PoolClient.create(spec_of("masked", place.packed, dealers=1, dealer_key=dealer_secret), two)
+    floats = PoolClient.create(spec_of("open", place.floats, key=secret), two)
+    until_at_size(masked)
+    until_at_size(floats)
+    return Pools(masked, floats, worker_key, dealer_key)
+
+
+def test_dealers_are_on_the_other_partys_node_and_workers_are_not(pools: Pools) -> None:
+    members = pools.masked.state().members
+    assert sorted((each.kind, each.party) for each in members) == [("dealer", "acme"), ("worker", ""), ("worker", "")]
+    assert pools.masked.state().reasons == ()
+
+
+def test_the_directory_has_what_enclaves_need(pools: Pools) -> None:
+    found = read(pools.masked.state().directory)
+    assert [entry.key for entry in found.dealers] == [pools.dealer_key]
+    assert len({entry.key for entry in found.workers}) == 2  # each made one of its own
+    assert {entry.key for entry in read(pools.open.state().directory).workers} == {pools.worker_key}
+
+
+def running(place: Place, pools: Pools, level: str, stack: ExitStack) -> Running:
+    directory = place.floats if level == "open" else place.packed
+    found = open_model(str(directory), level)
+    model = Model(found.directory, found.architecture, byte_tokenizer(), found.packed)
+    config = EnclaveConfig(level=level, connect_timeout_s=3.0, request_timeout_s=30.0)
+    engine = EngineConfig(kv_memory=1 << 20, max_queued=1 << 10)
+    if level == "open":
+        engine = EngineConfig(
+            directory=pools.open.state().directory, worker_keys=(pools.worker_key,), kv_memory=1 << 20, worker_rows=2
+        )
+    elif level == "masked":
+        config = EnclaveConfig(
+            level=level, dealer_keys=(pools.dealer_key,), connect_timeout_s=3.0, request_timeout_s=30.0
+        )
+        engine = EngineConfig(directory=pools.masked.state().directory, kv_memory=1 << 20, worker_rows=2)
+    return Running(stack.enter_context(open_engine(model, config, engine)), [])
+
+
+def answered(run: Running) -> list[int]:
+    answer = run.ask(tokens=TOKENS)
+    assert isinstance(answer.end, Finished)
+    return answer.ids
+
+
+def kill(pool: PoolClient, kind: str, way: str, killed: set[str]) -> None:
+    """End one more member without a word: its process, or its actor."""
+
+    def alive() -> list[MemberState]:
+        members = [each for each in pool.state().members if each.kind == kind and each.phase == "ready"]
+        return [each for each in members if each.name not in killed]
+
+    until(lambda: bool(alive()))
+    member = alive()[0]
+    killed.add(member.name)
+    if way == "actor":
+        ray.kill(ray.get_actor(member.name, namespace="tsqp"))
+    else:
+        psutil.Process(member.pid).kill()
+
+
+def test_members_that_are_killed_while_requests_run_cost_no_wrong_answer_and_come_back(
+    place: Place, pools: Pools
+) -> None:
+    deaths = [
+        *itertools.product((pools.masked, pools.open), ("worker",), ("process", "actor")),
+        (pools.masked, "dealer", "process"),
+    ]
+    random.Random(7).shuffle(deaths)
+    with ExitStack() as stack:
+        local = running(place, pools, "local", stack)
+        runs = {level: running(place, pools, level, stack) for level in ("masked", "open")}
+        # Floats depend on the kernels: those at open must be the same every time.
+        right = {"masked": answered(local), "open": answered(runs["open"])}
+        asked: list[tuple[str, Answer]] = []
+        killed: set[str] = set()
+
+        def ask_all() -> None:
+            for level, run in runs.items():
+                try:
+                    asked.append((level, run.ask(tokens=TOKENS)))
+                except TransportError as error:  # told at once that nobody can be used now
+                    assert "no usable worker" in str(error) or "no worker is in use" in str(error)
+
+        for pool, kind, way in deaths:
+            ask_all()
+            kill(pool, kind, way, killed)
+            ask_all()
+        until(lambda: pools.masked.state().restarts + pools.open.state().restarts == len(deaths))
+        for client in (pools.masked, pools.open):
+            until_at_size(client)
+        for level, answer in asked:
+            if isinstance(answer.end, Finished):
+                assert answer.ids == right[level]
+            else:
+                assert isinstance(answer.error, TransportError)
+        for level, run in runs.items():
+            run.until_ready()
+            until(lambda run=run: run.engine.stats().workers_usable == 2)  # type: ignore[misc]
+            assert answered(run) == right[level]
+            assert run.engine.stats().integrity_failures == 0
+
+
+def test_who_keeps_a_pool_can_end_and_goes_on_with_the_same_members(pools: Pools) -> None:
+    before = until_at_size(pools.open)
+    pools.open.scale(Bounds(1, 4), 2)
+    controller = ray.get_actor("tsqp-pool-open", namespace="tsqp")
+    ray.kill(controller, no_restart=False)
+
+    def is_back() -> bool:
+        try:
+            return pools.open.state().is_at_size
+        except TransportError:
+            return False
+
+    until(is_back)
+    after = pools.open.state()
+    assert {each.name for each in after.members} == {each.name for each in before.members}
+    assert (after.least, after.most) == (1, 4)
+
+
+def test_a_pool_is_scaled_and_ended(pools: Pools) -> None:
+    processes = [psutil.Process(each.pid) for each in pools.open.state().members]
+    pools.open.scale(Bounds(1, 1), None)
+    assert len(until_at_size(pools.open).members) == 1
+    pools.open.close()
+    until(lambda: not pools.open.state().members)
+    assert read(pools.open.state().directory).workers == ()
+    until(lambda: not any(process.is_running() for process in processes))
+    pools.open.end()
+
+    def is_gone() -> bool:
+        try:
+            PoolClient("open")
+        except ConfigError:
+            return True
+        return False
+
+    until(is_gone)
+
+
+def test_a_pool_of_the_same_name_is_refused(place: Place, pools: Pools) -> None:
+    assert pools.masked.state().name == "masked"
+    with pytest.raises(ConfigError, match="runs already"):
+        PoolClient.create(spec_of("masked", place.packed), Wanted(workers=1, bounds=Bounds(1, 1)))

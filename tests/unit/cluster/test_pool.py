@@ -190,7 +190,9 @@ def test_who_keeps_a_pool_goes_on_with_members_that_run_already() -> None:
     first = pool_of(2, launcher)
     now = settled(first)
     launcher.handles[1].become("draining")
-    running = {name: Member(name, each.kind, None, each.handle, told="starting") for name, each in first.members.items()}
+    running = {
+        name: Member(name, each.kind, None, each.handle, told="starting") for name, each in first.members.items()
+    }
     again = Pool(SPEC, first.wanted, launcher, lambda _kind: "worker-9", running)
     settled(again, now)
     assert listed(again) == ["tcp://10.0.0.1:1", "tcp://10.0.0.1:3"]
