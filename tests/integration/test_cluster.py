@@ -6,38 +6,44 @@ import itertools
 import os
 import random
 import secrets
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
+from click.testing import Result
 from engine_answers import Answer
 from fake_engine import byte_tokenizer
 from sites import Running, until
+from typer.testing import CliRunner
 
+from tsqp.cli import app
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import Finished
 from tsqp.engine.directory import read
 from tsqp.engine.opening import open_engine
 from tsqp.errors import TransportError
 from tsqp.levels import Model, open_model
+from tsqp.reports import PoolReport
 from tsqp.transport import keys
 
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # none is written for who runs the tests
 
 pytest.importorskip("ray")
 
-import ray  # noqa: E402  it reads the environment
-from ray.cluster_utils import Cluster  # noqa: E402
+import ray
+from ray.cluster_utils import Cluster
 
-from tsqp.cluster.controller import MemberState, PoolClient, PoolState  # noqa: E402
-from tsqp.cluster.link import connected  # noqa: E402
-from tsqp.cluster.scaling import Bounds  # noqa: E402
-from tsqp.cluster.spec import PARTY_LABEL, PoolSpec, Wanted  # noqa: E402
-from tsqp.errors import ConfigError  # noqa: E402
+from tsqp.cluster import link
+from tsqp.cluster.controller import MemberState, PoolClient, PoolState
+from tsqp.cluster.link import connected
+from tsqp.cluster.scaling import Bounds
+from tsqp.cluster.spec import PARTY_LABEL, PoolSpec, Wanted
+from tsqp.errors import ConfigError
 
 TOKENS = 200
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -94,7 +100,8 @@ class Pools:
 def pools(place: Place) -> Pools:
     (secret, worker_key), (dealer_secret, dealer_key) = place.key("worker"), place.key("dealer")
     two = Wanted(workers=2, bounds=Bounds(2, 2))
-    masked = PoolClient.create(spec_of("masked", place.packed, dealers=1, dealer_key=dealer_secret), two)
+    spec = spec_of("masked", place.packed, dealers=1, dealer_key=dealer_secret, tensor_parallel=2)
+    masked = PoolClient.create(spec, two)
     floats = PoolClient.create(spec_of("open", place.floats, key=secret), two)
     until_at_size(masked)
     until_at_size(floats)
@@ -139,7 +146,7 @@ def answered(run: Running) -> list[int]:
 
 
 def kill(pool: PoolClient, kind: str, way: str, killed: set[str]) -> None:
-    """End one more member without a word: its process, or its actor."""
+    """End one more member without a word: its process, one of that's ranks, or its actor."""
 
     def alive() -> list[MemberState]:
         members = [each for each in pool.state().members if each.kind == kind and each.phase == "ready"]
@@ -150,15 +157,18 @@ def kill(pool: PoolClient, kind: str, way: str, killed: set[str]) -> None:
     killed.add(member.name)
     if way == "actor":
         ray.kill(ray.get_actor(member.name, namespace="tsqp"))
-    else:
+    elif way == "process":
         psutil.Process(member.pid).kill()
+    else:
+        psutil.Process(member.pid).children()[0].kill()
 
 
 def test_members_that_are_killed_while_requests_run_cost_no_wrong_answer_and_come_back(
     place: Place, pools: Pools
 ) -> None:
     deaths = [
-        *itertools.product((pools.masked, pools.open), ("worker",), ("process", "actor")),
+        *itertools.product((pools.masked,), ("worker",), ("rank", "actor")),
+        *itertools.product((pools.open,), ("worker",), ("process", "actor")),
         (pools.masked, "dealer", "process"),
     ]
     random.Random(7).shuffle(deaths)
@@ -214,6 +224,59 @@ def test_who_keeps_a_pool_can_end_and_goes_on_with_the_same_members(pools: Pools
     assert (after.least, after.most) == (1, 4)
 
 
+@pytest.fixture
+def tsqp(place: Place, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run a command against the Ray that this process is connected to."""
+
+    @contextmanager
+    def joined(_address: str | None) -> Iterator[str]:
+        yield place.address
+
+    monkeypatch.setattr(link, "connected", joined)
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, ["cluster", *words, "--address", place.address])
+
+
+def test_a_pool_is_shown_and_scaled_by_commands(pools: Pools, tsqp: Callable[..., Result]) -> None:
+    shown = tsqp("status", "--pool", "masked")
+    assert "2 of 2 workers (2 to 2), 1 of 1 dealers" in shown.stdout
+    assert pools.masked.state().directory in shown.stdout
+    report = msgspec.json.decode(tsqp("status", "--pool", "masked", "--json").stdout, type=PoolReport)
+    assert (report.workers_ready, report.dealers_ready, len(report.members)) == (2, 1, 3)
+    scaled = tsqp("scale", "--pool", "masked", "--min", "1", "--json")
+    assert msgspec.json.decode(scaled.stdout, type=PoolReport).least == 1
+    assert pools.masked.state().workers == 2
+    refused = tsqp("scale", "--pool", "masked", "--min", "5")
+    assert (refused.exit_code, "expected 0 or more" in refused.stderr) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("status", "--pool", "other"), "no pool 'other' runs in this Ray cluster"),
+        (("up", "--pool", "masked"), "the pool 'masked' runs already"),
+        (("up", "--pool", "p", "--gpus-per-worker", "1"), "no node for a worker: each takes 1 CPU and 1 GPU"),
+        (
+            ("up", "--pool", "p", "--dealers", "2", "--dealer-key", "k"),
+            "no node for a dealer: 2 dealers need nodes of 2",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_started(
+    pools: Pools, tsqp: Callable[..., Result], words: tuple[str, ...], problem: str
+) -> None:
+    assert pools.masked.state().name == "masked"
+    done = tsqp(*words)
+    assert (done.exit_code, problem in done.stderr) == (3, True)
+
+
+def test_a_pool_that_does_not_come_up_is_ended_with_the_reason(tsqp: Callable[..., Result]) -> None:
+    done = tsqp("up", "--pool", "absent", "--model", "/no/such/model", "--port", "0", "--wait", "30")
+    assert (done.exit_code, "0 of 1 workers" in done.stderr, "/no/such/model" in done.stderr) == (3, True, True)
+    with pytest.raises(ConfigError, match="no pool 'absent'"):
+        PoolClient("absent")
+
+
 def test_a_pool_is_scaled_and_ended(pools: Pools) -> None:
     processes = [psutil.Process(each.pid) for each in pools.open.state().members]
     pools.open.scale(Bounds(1, 1), None)
@@ -232,9 +295,3 @@ def test_a_pool_is_scaled_and_ended(pools: Pools) -> None:
         return False
 
     until(is_gone)
-
-
-def test_a_pool_of_the_same_name_is_refused(place: Place, pools: Pools) -> None:
-    assert pools.masked.state().name == "masked"
-    with pytest.raises(ConfigError, match="runs already"):
-        PoolClient.create(spec_of("masked", place.packed), Wanted(workers=1, bounds=Bounds(1, 1)))

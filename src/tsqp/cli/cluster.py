@@ -87,7 +87,7 @@ def up(
         from tsqp.cluster.spec import PoolSpec, Wanted
 
         bounds = Bounds(workers if least is None else least, workers if most is None else most)
-        device = ("--device", "cuda:0" if gpus_per_worker else "cpu") if tensor_parallel == 1 else ()
+        device = ("--device", "cuda:0" if gpus_per_worker else "cpu")  # of a worker's first rank; Ray says which
         spec = PoolSpec(
             name=pool,
             arguments=("--model", model, *(("--exact",) if exact else ()), *device),

@@ -12,8 +12,8 @@ from tsqp.errors import SetupError, TransportError, printable
 from tsqp.transport.urls import parse
 
 NAMESPACE = "tsqp"
-# With older ones a node cannot be chosen by its label.
-LEAST_VERSION = (2, 51)
+# The only ones that were tried.
+LEAST_VERSION = (2, 60)
 _NEXT_MAJOR = 3
 CONNECT_S = 5.0
 # Ray's own defaults, made ours unless the environment says otherwise; it reads them when it is imported. Whoever

@@ -8,7 +8,13 @@ import time
 from typing import Any
 
 import ray
-from ray.util import get_placement_group, list_named_actors, placement_group, remove_placement_group
+from ray.util import (
+    get_placement_group,
+    list_named_actors,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -69,10 +75,8 @@ class RayHandle:
             silent_s = time.monotonic() - self._asked
             if self._heard and silent_s > _SILENT_S:
                 raise LostError(f"its actor has not answered for {_SILENT_S:g} s: its node hangs or is cut off.")
-            if not self._heard and silent_s > _PLACING_S:
-                return Report(
-                    phase="placing", reason=f"no node has had room for it for {silent_s:.0f} s: {self._needs}."
-                )
+            if not self._heard and silent_s > _PLACING_S and self._waits_for_room():
+                return Report(phase="placing", reason=f"no node has room for it: it takes {self._needs}.")
             return None
         try:
             found: Report = ray.get(self._answer)
@@ -81,6 +85,9 @@ class RayHandle:
         self._heard, self._asked = True, time.monotonic()
         self._answer = self._actor.report.remote()
         return found
+
+    def _waits_for_room(self) -> bool:
+        return self._group is not None and placement_group_table(self._group)["state"] == "PENDING"
 
     def start(self) -> None:
         """See ``pool.Handle``."""
