@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DIRECTORY_PORT = 50053
 _LOOK_S = 0.5
+# Members that failed one after the other before a pool was ready.
+_TRIES = 3
 
 cluster = typer.Typer(
     name="cluster", help="Pools of workers and dealers on Ray: start, watch, scale and end them.", no_args_is_help=True
@@ -183,24 +185,23 @@ def _at_size(client: PoolClient, wait_s: float) -> PoolState:
     """Wait until a pool is as it is wanted, and tell meanwhile what keeps it from that.
 
     Raises:
-        SetupError: it is not within that time.
+        SetupError: it is not within that time, or what it starts fails again and again.
     """
-    deadline, told = time.monotonic() + wait_s, ""
-    while True:
-        state = client.state()
-        if state.is_at_size:
-            return state
-        missing = (*state.reasons, *(each.reason for each in state.members if each.reason))
+    deadline = time.monotonic() + wait_s
+    told: set[str] = set()
+    while not (state := client.state()).is_at_size:
+        missing = list(dict.fromkeys((*state.reasons, *(each.reason for each in state.members if each.reason))))
         for reason in missing:
-            if reason != told:
-                notice(told := reason)
-        if time.monotonic() > deadline:
-            ready = f"{state.ready('worker')} of {state.workers} workers and {state.ready('dealer')} of {state.dealers}"
+            if reason not in told:
+                notice(reason)
+        told.update(missing)
+        if time.monotonic() > deadline or state.failures >= _TRIES:
             raise SetupError(
-                f"{ready} dealers of the pool {state.name!r} are ready after {wait_s:g} s, so it was ended. "
-                f"{' '.join(missing)}".strip()
+                f"{state.ready('worker')} of {state.workers} workers and {state.ready('dealer')} of {state.dealers} "
+                f"dealers of the pool {state.name!r} came up, so it was ended. {' '.join(missing)}".strip()
             )
         time.sleep(_LOOK_S)
+    return state
 
 
 def _ended(client: PoolClient, wait_s: float) -> PoolState:

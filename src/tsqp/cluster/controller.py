@@ -30,7 +30,8 @@ from tsqp.wire import directory
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-_ANSWER_S = 15.0
+# It may be starting, on a machine that starts workers too.
+_ANSWER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class MemberState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolState:
-    """A pool, for display. ``reasons`` say why members are missing."""
+    """A pool, for display. ``reasons`` say why members are missing; ``failures`` in a row came before any was ready."""
 
     name: str
     directory: str
@@ -62,6 +63,7 @@ class PoolState:
     most: int
     dealers: int
     restarts: int
+    failures: int
     closing: bool
     members: tuple[MemberState, ...]
     reasons: tuple[str, ...]
@@ -130,6 +132,7 @@ class Controller:
                 most=pool.wanted.bounds.most,
                 dealers=0 if pool.closing else pool.spec.dealers,
                 restarts=pool.restarts,
+                failures=pool.failures(),
                 closing=pool.closing,
                 members=tuple(map(_state, pool.members.values())),
                 reasons=tuple(pool.reasons()),

@@ -18,7 +18,6 @@ from ray.util import (
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tsqp.cluster import member
 from tsqp.cluster.link import NAMESPACE
 from tsqp.cluster.pool import LostError
 from tsqp.cluster.spec import PARTY_LABEL, Kind, PoolSpec, Report
@@ -36,6 +35,8 @@ class MemberActor:
     """A ``member.Member`` in a process of its own on its node."""
 
     def __init__(self, kind: Kind, spec: PoolSpec) -> None:
+        from tsqp.cluster import member  # noqa: PLC0415  which loads torch, and who keeps a pool needs none
+
         here = ray.get_runtime_context().get_node_id()
         node = next(node for node in ray.nodes() if node["NodeID"] == here)
         party = str(node["Labels"].get(PARTY_LABEL, ""))

@@ -151,6 +151,10 @@ class Pool:
         """Return why members are missing, if they are."""
         return [trouble.reason for trouble in self._trouble.values() if trouble.reason]
 
+    def failures(self) -> int:
+        """Return how many members of a kind failed in a row, before one was ready."""
+        return max(trouble.failures for trouble in self._trouble.values())
+
     def _look(self, member: Member, now_s: float) -> None:
         try:
             member.report = member.handle.report() or member.report

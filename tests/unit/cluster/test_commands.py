@@ -1,7 +1,9 @@
-"""``tsqp cluster`` where Ray is missing, another one, or not there: one sentence, an exit code, and no Ray is imported."""
+"""``tsqp cluster`` where Ray is missing, another one, or not there: one sentence and an exit code."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -11,7 +13,10 @@ from workers import free_port
 
 from tsqp.cli import app
 from tsqp.cluster import link
+from tsqp.cluster.controller import MemberState, PoolState
 from tsqp.errors import SetupError, TransportError
+
+cluster = import_module("tsqp.cli.cluster")  # in its package the name is the command's
 
 
 def tsqp(*words: str) -> Result:
@@ -65,6 +70,60 @@ def test_bad_input_is_one_sentence(words: tuple[str, ...], problem: str, monkeyp
 def test_errors_are_json_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "version", lambda _name: "2.9.0")
     assert '"exit_code":3' in tsqp("status", "--address", "10.0.0.1:6379", "--json").stdout
+
+
+class FakeClient:
+    """A pool of which each look shows the next state, and the last one for ever."""
+
+    def __init__(self, *states: PoolState) -> None:
+        self._states = list(states)
+
+    def state(self) -> PoolState:
+        return self._states.pop(0) if len(self._states) > 1 else self._states[0]
+
+
+COMING = PoolState(
+    name="default",
+    directory="http://10.0.0.1:50053/directory",
+    workers=1,
+    least=1,
+    most=1,
+    dealers=0,
+    restarts=0,
+    failures=0,
+    closing=False,
+    members=(),
+    reasons=(),
+)
+WORKER = MemberState(
+    name="tsqp-default-worker-1",
+    kind="worker",
+    phase="ready",
+    leaving=False,
+    node="10.0.0.1",
+    party="",
+    url="tcp://10.0.0.1:5000",
+    key=None,
+    pid=1,
+    actor_pid=2,
+    waiting=0,
+    reason="",
+)
+
+
+def test_a_pool_is_waited_for_until_it_is_at_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_LOOK_S", 0.0)
+    up = replace(COMING, members=(WORKER,))
+    starting = replace(COMING, members=(replace(WORKER, phase="starting"),))
+    leaving = replace(COMING, members=(WORKER, replace(WORKER, leaving=True)))
+    assert cluster._at_size(FakeClient(COMING, starting, leaving, up), 60.0) is up  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 600.0])
+def test_a_pool_that_does_not_come_up_is_given_up_with_the_reason(wait_s: float) -> None:
+    failed = replace(COMING, failures=3, reasons=("the model is missing.",))
+    with pytest.raises(SetupError, match=r"0 of 1 workers and 0 of 0 dealers .* ended. the model is missing"):
+        cluster._at_size(FakeClient(failed), wait_s)  # type: ignore[arg-type]
 
 
 def raised(text: str, cause: str = "") -> Exception:
