@@ -109,6 +109,15 @@ def test_readme_holds_the_table_of_the_newest_result(name: str) -> None:
     assert block[0] == f"{block[1]}{table['table'](table['newest'](), table['MEANING'][name])}{block[2]}", "make readme"
 
 
+def test_tensor_parallel(tiny_llama: Path) -> None:
+    sizes = ("--ranks", 1, 2, "--rounds", 1, "--level", "exact", "--faults", "off")
+    report = run("tensor_parallel", "--model", tiny_llama, *sizes)
+    exact = report["levels"]["exact"]
+    assert exact["same_bits"] is True
+    assert {ranks: len(each["resident_mb"]) for ranks, each in exact["ranks"].items()} == {"1": 1, "2": 2}
+    assert all(each["prefill_ms"] > 0 for each in exact["ranks"].values())
+
+
 def test_many_clients(tiny_llama: Path) -> None:
     sizes = ("--rounds", 1, "--seconds", 0.2, "--processes", 1, "--level", "exact")
     report = run("many_clients", "--model", tiny_llama, "--clients", 1, 3, *sizes)

@@ -245,6 +245,20 @@ def test_a_rank_that_goes_while_it_loads_is_noticed(led: Callable[..., Leader]) 
         leader.join(CPU)
 
 
+def test_a_rank_that_goes_while_nothing_is_asked_of_it_is_noticed_at_once(led: Callable[..., Leader]) -> None:
+    """By the end of its beats, and not by their absence."""
+
+    def go(channel: Channel, beats: socket.socket) -> None:
+        channel.command()
+        beats.close()
+        until_stop(channel)
+
+    leader = led(go)
+    leader.load(ORDER)
+    with pytest.raises(RankLostError, match=r"rank 1 of 2 is lost: its connection closed"):
+        leader.join(CPU)
+
+
 def test_a_rank_that_is_silent_while_it_loads_is_noticed(
     led: Callable[..., Leader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
