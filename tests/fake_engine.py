@@ -159,6 +159,7 @@ class FakeEngine:
             integrity_failures=1,
             workers=2,
             workers_usable=1,
+            each_worker=(("tcp://a:1", True, 70), ("tcp://b:1", False, 30)),
             seconds={"worker": 1.5, "wire": 0.5},
             ready=self.ready,
             reason=self.reason,

@@ -73,6 +73,10 @@ class Running:
     def until_ready(self) -> None:
         until(lambda: self.engine.stats().ready)
 
+    def until_in_use(self, workers: int) -> None:
+        """Wait until so many workers are in use."""
+        until(lambda: self.engine.stats().workers_usable == workers)
+
     def until_nobody_is_left(self, *words: str) -> str:
         """Wait for a reason that has these words, and return it."""
         until(lambda: all(word in self.engine.stats().reason for word in ("no usable worker", *words)))
@@ -109,6 +113,10 @@ class Site:
         self._processes[address].kill()
         self._processes[address].wait()
 
+    def terminate(self, address: str) -> None:
+        """Let it answer what it has taken in, and end."""
+        self._processes[address].terminate()
+
     def host(self, name: str = "liar") -> HostilePeer:
         """Serve a worker in this process, honest until told otherwise."""
         peer = HostilePeer(f"ipc://{self._directory}/{name}", self.material.dispatcher())
@@ -116,12 +124,15 @@ class Site:
         return peer
 
     def run(self, level: str, *addresses: str, max_running: int = 64, **settings: object) -> Running:
+        """Run an engine, which divides each step over all workers that it can."""
         given = {"connect_timeout_s": 1.0, "request_timeout_s": 30.0, **settings}
         notices: list[str] = []
         engine = open_engine(
             self.model(level),
             EnclaveConfig(level=level, **given),  # type: ignore[arg-type]
-            EngineConfig(workers=addresses, kv_memory=1 << 20, reuse_prefixes="on", max_running=max_running),
+            EngineConfig(
+                workers=addresses, worker_rows=1, kv_memory=1 << 20, reuse_prefixes="on", max_running=max_running
+            ),
             on_notice=lambda sentence: None if sentence == native.notice() else notices.append(sentence),
         )
         return Running(self._stack.enter_context(engine), notices)

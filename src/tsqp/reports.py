@@ -216,7 +216,8 @@ class TopReport(Struct, frozen=True, kw_only=True):
     or ``masks``. ``bytes_in`` and ``bytes_out`` are a worker's with its clients, a server's with its worker. ``batch``
     is how many requests a product answered, or the rows of a server's last step. ``waiting`` requests wait, ``running``
     ones are generated. ``memory_bytes`` is what is taken of a GPU or, on a CPU, by the worker's process; of a server
-    ``cache_used`` is the share of its key-value cache. ``parts`` has the share of the interval that each part took;
+    ``cache_used`` is the share of its key-value cache, and ``workers_usable`` of its ``workers`` are in use. ``parts``
+    has the share of the interval that each part took;
     where several go on at once they add up to more than 1. Counted since the start: ``errors``, answers that are one;
     ``failed``, generations that ended with one; ``refused``; ``integrity_failures``. What one of the kinds does not
     have is null.
@@ -251,6 +252,8 @@ class TopReport(Struct, frozen=True, kw_only=True):
     cache_used: float | None
     pool_held: int | None
     pool_wanted: int | None
+    workers: int | None
+    workers_usable: int | None
     parts: dict[str, float]
     errors: int
     failed: int | None

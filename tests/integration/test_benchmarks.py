@@ -52,6 +52,14 @@ def tiny_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_replicas() -> None:
+    sizes = "--workers 1 2 --rounds 1 --requests 3 --tokens 2 --fixed-ms 0.5 --row-ms 0 --level masked"
+    report = run("replicas", *sizes.split())
+    assert set(report["levels"]) == {"masked"}
+    assert set(report["levels"]["masked"]["gain"]) == {"1", "2"}
+    assert all(rate > 0 for rate in report["levels"]["masked"]["tokens_per_s"].values())
+
+
 def test_worker_throughput(tiny_llama: Path) -> None:
     report = run("worker_throughput", "--model", tiny_llama, "--clients", 3, "--rounds", 1, "--prefills", 2)
     assert set(report["levels"]) == {"open", "exact"}

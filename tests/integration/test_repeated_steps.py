@@ -9,21 +9,21 @@ import pytest
 from hostile import Exchange, HostilePeer, honest
 from sites import LIE, LONG_PROMPT, Site, until
 
+from tsqp import loaded
 from tsqp.engine.active import MOST_REPEATS
 from tsqp.engine.api import Failed, Finished
 from tsqp.errors import IntegrityError, TransportClosedError, TransportError
-from tsqp.loaded import Stepper
 from tsqp.wire import messages
 
 TOKENS = 20
 
 
-def withholding(peer: HostilePeer, *, once: bool = False) -> threading.Event:
-    """Let a worker answer no product of a layer in the middle, one only or all from now on; set once it did not."""
+def withholding(peer: HostilePeer) -> threading.Event:
+    """Let a worker not answer one product of a layer in the middle; set once it did not."""
     withheld = threading.Event()
 
     def withhold(exchange: Exchange) -> list[Any]:
-        if exchange.group != "layers.1.qkv" or (once and withheld.is_set()):
+        if exchange.group != "layers.1.qkv" or withheld.is_set():
             return honest(exchange)
         withheld.set()
         return []
@@ -41,9 +41,10 @@ def test_a_step_that_is_lost_half_done_is_computed_again_with_fresh_masks(site: 
     first, second = site.host("first"), site.host("second")
     addresses = [first.address] if how == "same" else [first.address, second.address]
     run = site.run("masked", *addresses, retries=0, request_timeout_s=4.0)
+    run.until_in_use(len(addresses))
     asked = [run.ask(tokens=TOKENS), run.ask(LONG_PROMPT, tokens=TOKENS)]
     until(lambda: all(len(answer.ids) > 2 for answer in asked))
-    withheld = withholding(first, once=how == "same")
+    withheld = withholding(first)
     assert all(isinstance(answer.end, Finished) for answer in asked)
     assert withheld.is_set()
     alone = site.run("local")
@@ -61,11 +62,11 @@ def test_a_step_is_computed_again_a_bounded_number_of_times(site: Site, monkeypa
     assert isinstance(before.end, Finished)
     tries: list[int] = []
 
-    def lost(_stepper: Stepper, parts: list[Any]) -> None:
-        tries.append(len(parts))
-        raise TransportClosedError("the link is gone.")
+    def lost(work: list[Any]) -> list[Any]:
+        tries.append(len(work))
+        return [TransportClosedError("the link is gone.") for _ in work]
 
-    monkeypatch.setattr(Stepper, "run", lost)
+    monkeypatch.setattr(loaded, "run_together", lost)
     asked = run.ask()
     assert isinstance(asked.end, Failed)
     assert isinstance(asked.error, TransportError)
@@ -80,11 +81,12 @@ def test_after_a_wrong_product_no_step_is_computed_again(site: Site) -> None:
     """Not even where the step before was lost, and another worker is there."""
     first, second = site.host("first"), site.host("second")
     run = site.run("masked", first.address, second.address, retries=0, request_timeout_s=4.0)
+    run.until_in_use(2)
     asked = run.ask(tokens=400)
     until(lambda: len(asked.ids) > 2)
-    second.tamper = LIE
     withheld = withholding(first)
+    until(withheld.is_set)
+    second.tamper = LIE
     assert isinstance(asked.error, IntegrityError)
-    assert withheld.is_set()
     assert second.address in str(asked.error)
     assert run.engine.stats().integrity_failures == 1

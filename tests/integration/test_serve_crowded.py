@@ -16,11 +16,10 @@ import openai
 import pytest
 from bad_requests import CHAT, COMPLETIONS, post
 from real_serving import CONTEXT, MODEL, Tiny, client_of, speaking_checkpoint
-from torch import Tensor
 
+from tsqp import loaded
 from tsqp.engine.loop import GenerationEngine
 from tsqp.engine.memory import cache_bytes
-from tsqp.loaded import Stepper
 from tsqp.model.architecture import read_config
 
 _PATIENCE_S = 60
@@ -36,14 +35,14 @@ class Held:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.open, self.free = threading.Event(), 0
-        run = Stepper.run
+        run = loaded.run_together
 
-        def waiting(stepper: Stepper, parts: Any) -> list[Tensor]:
+        def waiting(work: Any) -> list[Any]:
             self.free -= 1
             assert self.free >= 0 or self.open.wait(_PATIENCE_S)
-            return run(stepper, parts)
+            return list(run(work))
 
-        patch.setattr(Stepper, "run", waiting)
+        patch.setattr(loaded, "run_together", waiting)
 
 
 @pytest.fixture

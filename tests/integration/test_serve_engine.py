@@ -7,7 +7,7 @@ import json
 import math
 import threading
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +34,10 @@ from soak.answers import float32_error
 from torch import Tensor
 from workers import StartWorker
 
+from tsqp import loaded
 from tsqp.engine.api import ClosingError, Event, Failed, Finished, Generation, Sampling, Token
 from tsqp.engine.loop import GenerationEngine
 from tsqp.levels import open_model
-from tsqp.loaded import Stepper
 from tsqp.model.tokenizer import Tokenizer
 from tsqp.serve.chat_template import ChatTemplate
 
@@ -268,18 +268,29 @@ def test_scores_are_those_of_a_softmax(local: Tiny) -> None:
         assert 0 < sum(math.exp(logprob) for logprob in top.values()) < 1 + 1e-6
 
 
+def change_logits(patch: pytest.MonkeyPatch, change: Callable[[Tensor], None]) -> None:
+    """Let logits of every step be changed, in place, before tokens are chosen."""
+    run = loaded.run_together
+
+    def changed(work: Any) -> list[Any]:
+        (found,) = run(work)
+        assert isinstance(found, list)
+        logits = [logits_RV.clone() for logits_RV in found]
+        for logits_RV in logits:
+            change(logits_RV)
+        return [logits]
+
+    patch.setattr(loaded, "run_together", changed)
+
+
 @pytest.fixture
 def with_impossible_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second token cannot be: its logit is minus infinity."""
-    run = Stepper.run
 
-    def changed(stepper: Stepper, parts: Any) -> list[Tensor]:
-        logits = [logits_RV.clone() for logits_RV in run(stepper, parts)]
-        for logits_RV in logits:
-            logits_RV[:, 1::2] = -math.inf
-        return logits
+    def changed(logits_RV: Tensor) -> None:
+        logits_RV[:, 1::2] = -math.inf
 
-    monkeypatch.setattr(Stepper, "run", changed)
+    change_logits(monkeypatch, changed)
 
 
 @pytest.mark.usefixtures("with_impossible_tokens")
@@ -304,15 +315,11 @@ def test_a_completion_keeps_the_space_before_its_first_word(checkpoint: Path, mo
     raw = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, []))
     raw.decoder = tokenizers.decoders.Metaspace()
     model = replace(open_model(str(checkpoint), "local"), tokenizer=Tokenizer(raw.to_str().encode()))
-    run = Stepper.run
 
-    def always_the_word(stepper: Stepper, parts: Any) -> list[Tensor]:
-        logits = [logits_RV.clone() for logits_RV in run(stepper, parts)]
-        for logits_RV in logits:
-            logits_RV[:, pieces["▁a"]] = 1000
-        return logits
+    def always_the_word(logits_RV: Tensor) -> None:
+        logits_RV[:, pieces["▁a"]] = 1000
 
-    monkeypatch.setattr(Stepper, "run", always_the_word)
+    change_logits(monkeypatch, always_the_word)
     body = {"model": MODEL, "prompt": [2, 3], "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 0}
     with real_engine(model, "local") as engine, served_engine(engine, model, "local") as server:
         [choice] = post(host_of(server), COMPLETIONS, json.dumps(body).encode()).content["choices"]

@@ -1,4 +1,4 @@
-"""Workers that stand by: whether they could be used is known before, and who is taken when one is lost."""
+"""Workers are asked how they are, beside their work: who is given most, and who is lost while nothing runs."""
 
 from __future__ import annotations
 
@@ -54,44 +54,58 @@ def with_waiting(count: int) -> Callable[[Exchange], list[Any]]:
     return answer
 
 
-def test_the_least_loaded_of_those_that_answer_is_taken_first(site: Site) -> None:
-    first, end = ending(site, "first")
-    busy, idle, other = site.host("busy"), site.host("idle"), site.host("other")
+def test_who_has_least_to_do_computes_what_is_not_divided(site: Site) -> None:
+    busy, idle = site.host("busy"), site.host("idle")
     busy.tamper, idle.tamper = with_waiting(7), with_waiting(1)
-    other.tamper = lambda _exchange: [[b"no message"]]
-    run = site.run("masked", first.address, other.address, busy.address, idle.address)
-    until(lambda: run.engine.stats().workers_usable == 3)
-    assert run.engine.stats().workers == 4
-    end()
-    until(lambda: bool(run.notices))
-    run.until_ready()
+    run = site.run("masked", busy.address, idle.address)
+    run.until_in_use(2)
+    until(lambda: [replica.waiting for replica in run.engine._workers._replicas] == [7, 1])
+    received = len(busy.journal)
     answer = run.ask()
     assert isinstance(answer.end, Finished)
     assert answer.ids == local_ids(site)
-    assert run.notices[-1].startswith(f"serving with worker {idle.address} now.")
-    for peer in (busy, other):
-        assert {type(sent.header) for sent in list(peer.journal)} <= {messages.Hello, messages.Stats}
-    assert run.engine.stats().integrity_failures == 0
+    assert {type(sent.header) for sent in list(busy.journal)[received:]} <= {messages.Hello, messages.Stats}
+    idle.tamper = with_waiting(8)
+    until(lambda: [replica.waiting for replica in run.engine._workers._replicas] == [7, 8])
+    received = len(idle.journal)
+    assert run.ask().end == answer.end
+    assert {type(sent.header) for sent in list(idle.journal)[received:]} <= {messages.Hello, messages.Stats}
 
 
-def test_who_stands_by_is_asked_again_and_again_and_told_of_nothing(
-    site: Site, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_workers_are_asked_again_and_again_and_told_of_nothing(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     first, (second, end) = site.host("first"), ending(site, "second")
     run = site.run("masked", first.address, second.address)
-    until(lambda: run.engine.stats().workers_usable == 2)
-    asked = len(second.journal)
+    run.until_in_use(2)
     assert isinstance(run.ask().end, Finished)
+    asked = len(second.journal)
     until(lambda: len(second.journal) > asked + 4)
-    assert {type(sent.header) for sent in list(second.journal)} == {messages.Hello, messages.Stats}
-    assert all(len(sent.frames) == 1 for sent in list(second.journal))
+    assert {type(sent.header) for sent in list(second.journal)[asked:]} == {messages.Hello, messages.Stats}
+    assert all(len(sent.frames) == 1 for sent in list(second.journal)[asked:])
     end()
-    until(lambda: run.engine.stats().workers_usable == 1)
+    run.until_in_use(1)
     assert run.engine.stats().ready
     warnings = [record.getMessage() for record in caplog.records if record.name == health.__name__]
     assert warnings  # more than one, if another attempt fails otherwise
-    assert all(each.startswith(f"worker {second.address} stands by and cannot be used: ") for each in warnings)
+    assert all(each.startswith(f"worker {second.address} does not say how it is: ") for each in warnings)
     _, end = ending(site, "second")
     site._stack.callback(end)
-    until(lambda: run.engine.stats().workers_usable == 2)
-    assert run.notices == []
+    run.until_in_use(2)
+    rows = run.engine.stats().each_worker[1][2]
+    answers = run.ask(), run.ask()
+    assert all(isinstance(answer.end, Finished) for answer in answers)
+    assert run.engine.stats().each_worker[1][2] > rows
+
+
+def test_nonsense_when_asked_is_no_lie(site: Site) -> None:
+    first, second = site.host("first"), site.host("second")
+    run = site.run("masked", first.address, second.address)
+    run.until_in_use(2)
+
+    def nonsense(exchange: Exchange) -> list[Any]:
+        return [[b"no message"]] if isinstance(exchange.request, messages.Stats) else honest(exchange)
+
+    second.tamper = nonsense
+    run.until_in_use(1)
+    assert run.engine.stats().integrity_failures == 0
+    second.tamper = honest
+    run.until_in_use(2)

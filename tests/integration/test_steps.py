@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 from engine_answers import Answer
 from real_serving import speaking_checkpoint
-from torch import Tensor
 from workers import StartWorker
 
+from tsqp import loaded
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import Finished, Generation, Sampling
 from tsqp.engine.loop import GenerationEngine
 from tsqp.engine.opening import open_engine
 from tsqp.levels import open_model
-from tsqp.loaded import Stepper
 from tsqp.model.architecture import linear_groups
 
 # Of different lengths and beginnings, so that each has an answer of its own; one is read in several chunks.
@@ -65,13 +64,14 @@ def answered(engine: GenerationEngine) -> list[list[int]]:
 @pytest.fixture
 def parts_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Into how many groups each step was cut."""
-    run, seen = Stepper.run, list[int]()
+    run, seen = loaded.run_together, list[int]()
 
-    def noted(stepper: Stepper, parts: Any) -> list[Tensor]:
+    def noted(work: Any) -> list[Any]:
+        ((_, parts),) = work
         seen.append(len(parts))
-        return run(stepper, parts)
+        return run(work)
 
-    monkeypatch.setattr(Stepper, "run", noted)
+    monkeypatch.setattr(loaded, "run_together", noted)
     return seen
 
 
@@ -93,26 +93,27 @@ def test_groups_in_flight_together_change_no_token(
 def test_a_step_is_one_round_trip_for_each_linear_or_chain_whoever_asks(
     level: str, running: Callable[..., Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[tuple[int, int]] = []
-    gate, run = threading.Event(), Stepper.run
+    seen: list[tuple[int, int]] = []
+    gate, run = threading.Event(), loaded.run_together
 
-    def counted(stepper: Stepper, parts: Any) -> list[Tensor]:
+    def counted(work: Any) -> list[Any]:
         assert gate.wait(60)
         before = engine._workers.meter().round_trips
-        logits = run(stepper, parts)
+        (logits,) = found = run(work)
+        assert isinstance(logits, list)
         sequences = sum(len(logits_RV) for logits_RV in logits)
-        steps.append((sequences, engine._workers.meter().round_trips - before))
-        return logits
+        seen.append((sequences, engine._workers.meter().round_trips - before))
+        return found
 
-    monkeypatch.setattr(Stepper, "run", counted)
+    monkeypatch.setattr(loaded, "run_together", counted)
     with running(level) as engine:
         for count in (1, 16):
             gate.clear()
             answers = [ask(engine, PROMPTS[0]) for _ in range(count)]
             gate.set()
             assert all(isinstance(answer.end, Finished) for answer in answers)
-    assert {1, 16} <= {sequences for sequences, _ in steps}
+    assert {1, 16} <= {sequences for sequences, _ in seen}
     architecture = open_model(str(checkpoint), level).architecture
     # At `open` an embedding, the first qkv, and the others in chains.
     every = 2 + architecture.layers if level == "open" else len(linear_groups(architecture))
-    assert {trips for _, trips in steps} == {every}
+    assert {trips for _, trips in seen} == {every}

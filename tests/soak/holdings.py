@@ -15,10 +15,11 @@ import psutil
 from msgspec import Struct
 from torch import Tensor
 
+from tsqp import loaded
 from tsqp.enclave.mask_pool import MaskPool
 from tsqp.enclave.masks import Mask
 from tsqp.engine.loop import GenerationEngine
-from tsqp.loaded import Stepper
+from tsqp.errors import TsqpError
 
 # One of each lives as long as a request does; the names are of the engine's and the server's classes.
 OF_REQUESTS = ("_Active", "_Running", "Generation", "TextStream", "Sampler", "Choice", "Running", "PagedRows", "Mask")
@@ -90,19 +91,20 @@ class Watch:
         self._watch_masks()
 
     def _watch_steps(self) -> None:
-        steps: Any = Stepper
-        run = Stepper.run
+        place: Any = loaded
+        run = loaded.run_together
 
-        def watched(stepper: Stepper, parts: Any) -> list[Tensor]:
+        def watched(work: Any) -> list[list[Tensor] | TsqpError]:
+            parts = [part for _, each in work for part in each]
             self.steps += 1
             self.rows += sum(len(part.ids_M) for part in parts)
             self.most_sequences = max(self.most_sequences, sum(len(part._segments.spans_S5) for part in parts))
-            logits = run(stepper, parts)
-            largest = max((float(each.abs().max()) for each in logits if each.numel()), default=0.0)
-            self.largest_logit = max(self.largest_logit, largest)
-            return logits
+            found = run(work)
+            logits = [each for outcome in found if isinstance(outcome, list) for each in outcome if each.numel()]
+            self.largest_logit = max([self.largest_logit, *(float(each.abs().max()) for each in logits)])
+            return found
 
-        steps.run = watched
+        place.run_together = watched
 
     def _watch_masks(self) -> None:
         pools: Any = MaskPool

@@ -56,7 +56,7 @@ def serve(
     worker: Annotated[
         list[str] | None,
         typer.Option(
-            help="A worker's address, repeatable: one is used, the others when it is lost.",
+            help="A worker's address, repeatable: steps are divided over all of them.",
             show_default="starts one of its own",
         ),
     ] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -13,13 +14,15 @@ from tsqp.enclave.connect import meet
 from tsqp.enclave.session import Expected
 from tsqp.enclave.waiting import Impatient
 from tsqp.engine.replica import Replica
-from tsqp.errors import TransportError, TsqpError
+from tsqp.errors import AbsentPeerError, BusyError, HostileError, TransportError, TsqpError
 from tsqp.levels import Model, expected_of, worker_peer
 from tsqp.wire import messages
 
 _log = logging.getLogger(__name__)
 
 _CHECK_S = 5.0
+# Of these errors a worker's work suffers too; others, such as that it takes no more clients, are of being asked alone.
+_SILENT = (TransportError, AbsentPeerError, HostileError)
 _POLL_S = 0.1
 
 
@@ -45,6 +48,8 @@ class Health:
     ) -> None:
         self._model, self._replicas, self._bring_back, self._sweep = model, replicas, bring_back, sweep
         self._expected: Expected | None = None
+        # Why each one did not answer, as it was logged last.
+        self._told: WeakKeyDictionary[Replica, str] = WeakKeyDictionary()
         self._threads = torch.get_num_threads()
         self._changed = threading.Condition()
         # How many rounds have begun and ended, and whether the next one is not to be waited for.
@@ -108,26 +113,29 @@ class Health:
                 return
             if replica.state == "lied" or replica.retired:
                 continue
-            self._check(replica)
-            if replica.state == "away" and replica.silence is None:
+            if self._answers(replica) and replica.state == "away":
                 self._bring_back(replica, lambda replica=replica: self._over.is_set() or replica.retired)  # type: ignore[misc]
 
-    def _check(self, replica: Replica) -> None:
+    def _answers(self, replica: Replica) -> bool:
         try:
             waiting = self._ask(replica.config)
         except Exception as error:  # noqa: BLE001  a bug here must not end the asking
             reason = str(error) if isinstance(error, TsqpError) else f"asking it failed ({type(error).__name__})."
-            told = str(replica.silence) if replica.silence else ""
             # Whatever came, it is no lie in anything that was used.
-            replica.waiting, replica.silence = None, TransportError(reason)
+            told = TransportError(reason)
+            suffers = isinstance(error, _SILENT) and not isinstance(error, BusyError)
+            replica.waiting, replica.silence = None, told if suffers else None
             if replica.state == "away":
-                replica.error = replica.silence
-            if told != reason and not self._over.is_set():
-                _log.warning("worker %s cannot be used: %s", replica.name, reason)
-            return
+                replica.error = told
+            if self._told.get(replica) != reason and not self._over.is_set():
+                self._told[replica] = reason
+                _log.warning("worker %s does not say how it is: %s", replica.name, reason)
+            return False
         if replica.waiting is None:
             _log.info("worker %s answers", replica.name)
+            self._told.pop(replica, None)
         replica.waiting, replica.silence = waiting, None
+        return True
 
     def _ask(self, config: EnclaveConfig) -> int:
         """Return how many requests wait at a worker, by its own account.

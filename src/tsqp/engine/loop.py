@@ -28,8 +28,9 @@ from tsqp.engine.memory import cache_blocks, chunk_tokens
 from tsqp.engine.sampling import Sampler, prompt_logprobs
 from tsqp.engine.scheduler import Scheduler, Segment
 from tsqp.engine.shares import rows_of
+from tsqp.engine.steps import Outcome
 from tsqp.engine.text import TextStream
-from tsqp.engine.workers import Outcome, Workers
+from tsqp.engine.workers import Workers
 from tsqp.errors import HostileError, InputError, InternalError, TransportError, TsqpError, bare
 from tsqp.loaded import Stepper
 from tsqp.model.architecture import LlamaConfig

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tsqp import loaded
 from tsqp.engine.replica import Replica
 from tsqp.engine.scheduler import Segment
 from tsqp.engine.shares import Groups, divide, rows_of
 from tsqp.errors import TsqpError
-from tsqp.loaded import run_together
 from tsqp.model.llama import Rows
 
 
@@ -54,7 +54,7 @@ def step(
     shares = list(zip(chosen, divide(segments, len(chosen), groups, rows_each), strict=False))
     for replica, _ in shares:
         replica.last_step = number
-    results = run_together([(replica.stepper, [rows(group) for group in cut]) for replica, cut in shares])
+    results = loaded.run_together([(replica.stepper, [rows(group) for group in cut]) for replica, cut in shares])
     for (replica, cut), result in zip(shares, results, strict=True):
         if not isinstance(result, TsqpError):
             replica.rows += sum(map(rows_of, cut))

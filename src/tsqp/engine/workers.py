@@ -290,8 +290,6 @@ class Workers:
         self.stop()
         self._health.close()
         for replica in (*self._all(), *self._leaving):
-            with self._lock:
-                replica.lose(TransportError("the engine was closed."))
             replica.close()
 
     def _all(self) -> Sequence[Replica]:

@@ -49,6 +49,8 @@ class Reading:
     cache_used: float | None = None
     pool_held: int | None = None
     pool_wanted: int | None = None
+    workers: int | None = None
+    workers_usable: int | None = None
     errors: int
     failed: int | None = None
     refused: int | None = None
@@ -126,6 +128,8 @@ def report(url: str, before: Reading, now: Reading) -> TopReport:
         cache_used=now.cache_used,
         pool_held=now.pool_held,
         pool_wanted=now.pool_wanted,
+        workers=now.workers,
+        workers_usable=now.workers_usable,
         parts=shares(before.parts, now.parts, interval_s),
         errors=now.errors,
         failed=now.failed,

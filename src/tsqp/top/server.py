@@ -185,6 +185,8 @@ def _reading(samples: Samples) -> Reading:
         cache_used=1 - count("blocks_free") / blocks if blocks else None,
         pool_held=count("pool_held"),
         pool_wanted=count("pool_wanted"),
+        workers=count("workers"),
+        workers_usable=count("workers_usable"),
         errors=int(sum(number for (path, status), number in asked.items() if _is_error(path, status))),
         failed=int(sum(samples.get("tsqp_generations_failed_total", {}).values())),
         integrity_failures=count("integrity_failures_total"),

@@ -88,6 +88,9 @@ def _of_server(report: TopReport) -> Iterable[Line]:
     yield "KV cache", _share(report.cache_used), False
     if report.pool_wanted:
         yield "masks", f"{_share((report.pool_held or 0) / report.pool_wanted)} of {report.pool_wanted:,} rows", False
+    if report.workers and report.workers > 1:
+        used = report.workers_usable or 0
+        yield "workers", f"{used} of {report.workers} in use", used < report.workers
     yield "from worker", size(report.bytes_in_per_s, "/s"), False
     yield "to worker", size(report.bytes_out_per_s, "/s"), False
     yield "errors", f"{report.errors:,}, {report.failed:,} generations failed", bool(report.errors or report.failed)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -21,6 +22,7 @@ from tsqp.engine.replica import Replica
 from tsqp.engine.workers import Workers
 from tsqp.errors import (
     AbsentPeerError,
+    BusyError,
     ConfigError,
     HostileError,
     InputError,
@@ -28,6 +30,7 @@ from tsqp.errors import (
     InternalError,
     ModelMismatchError,
     ProtocolError,
+    SetupError,
     TransportClosedError,
     TransportError,
     TransportTimeoutError,
@@ -54,6 +57,7 @@ class Places:
         events: what happened, in order.
         retries: with how many each was opened, in order.
         progress: called while one is being opened.
+        pool: told the sizes of a worker's mask pool.
         looking, checking: what looking at a worker and at what fills its pool does.
     """
 
@@ -63,6 +67,7 @@ class Places:
     events: list[str] = field(default_factory=list)
     retries: list[int] = field(default_factory=list)
     progress: Callable[[], None] = lambda: None
+    pool: Callable[..., object] = lambda *_room: None
     looking: Callable[[], object] = lambda: None
     checking: Callable[[], object] = lambda: None
 
@@ -84,6 +89,7 @@ class Places:
             lose=lambda: self.events.append(f"lose {name}"),
             look=lambda: cast("None", self.looking()),
             check=lambda: cast("None", self.checking()),
+            pool=cast("Any", SimpleNamespace(resize=lambda *room: self.pool(name, *room))),
         )
         yield Runnable(cast("Any", None), Meter(bytes_sent=100), stepper=stepper)
         self.events.append(f"close {name}")
@@ -331,7 +337,7 @@ def test_with_dealers_a_lie_puts_all_out_of_use(places: Places) -> None:
 def test_with_dealers_who_is_away_is_not_brought_back_after_a_lie(places: Places) -> None:
     workers = opened(2, dealers=("d:1",))
     workers.blame(of(workers, "a"), LOST)
-    places.progress = failing(AssertionError("it was opened"))
+    places.reopening = failing(AssertionError("it was opened"))
     workers.blame(of(workers, "b"), LIE)
     meanwhile(workers)
     assert sorted(places.events[4:]) == ["close a:1", "close b:1"]
@@ -459,6 +465,21 @@ def test_a_look_at_several_waits_for_none_and_loses_who_did_not_answer(places: P
     assert serving(workers) == "ab"
 
 
+@pytest.mark.parametrize(
+    "error", [BusyError("it has 1 client, as many as it takes."), SetupError("all seats are taken.")]
+)
+def test_who_has_no_room_to_be_asked_is_used_on(places: Places, error: TsqpError) -> None:
+    workers = opened(2)
+    places.silent = {"a:1": error}
+    meanwhile(workers)
+    workers.look()
+    assert serving(workers) == "ab"
+    assert of(workers, "a").waiting is None  # so that others come first
+    workers.blame(of(workers, "a"), LOST)
+    meanwhile(workers)
+    assert serving(workers) == "b"
+
+
 def test_a_bug_while_opening_is_an_error_of_that_worker_without_its_text(places: Places) -> None:
     workers = opened(1)
     places.reopening = failing(ValueError("words of a prompt"))
@@ -537,6 +558,26 @@ def test_workers_are_added_and_retired_between_steps(places: Places) -> None:
     assert serving(workers) == "a"
     assert workers.meter().bytes_sent == 400
     assert workers._leaving == []
+
+
+def test_mask_pools_are_of_the_size_for_so_many(places: Places) -> None:
+    sizes: list[tuple[str, tuple[int, ...]]] = []
+
+    def room(workers: int) -> MaskRoom:
+        return MaskRoom(12 // workers, 6 // workers, 120 // workers, 110 // workers)
+
+    workers = Workers(cast("Model", None), configs("a"), room)
+    places.pool = lambda name, *given: sizes.append((name, given))
+    workers.open(lambda _name, _done: None)
+    assert sizes == [("a:1", (12, 6, 120))]
+    workers.change(configs("ab"))
+    workers.settle()
+    assert sizes[1:] == [("a:1", (6, 3, 60))]  # before another has one
+    meanwhile(workers)
+    assert sizes[2:] == [("b:1", (6, 3, 60))]
+    workers.change(configs("b"))
+    workers.settle()
+    assert sizes[3:] == [("b:1", (12, 6, 120))]
 
 
 def test_who_is_retired_while_it_is_away_or_being_opened_is_not_used(places: Places) -> None:

@@ -43,6 +43,9 @@ def test_metrics_count_requests_and_tokens_and_tell_the_engines_numbers(serve: S
     }.items():
         assert found[f"tsqp_{name}", ()] == value, name
     assert found["tsqp_engine_part_seconds_total", ("worker",)] == 1.5
+    used = {labels: value for (name, labels), value in found.items() if name == "tsqp_engine_worker_in_use"}
+    assert used == {("tcp://a:1",): 1, ("tcp://b:1",): 0}
+    assert found["tsqp_engine_worker_rows_total", ("tcp://b:1",)] == 30
 
 
 def test_metrics_tell_what_is_served_and_since_when(serve: Serve) -> None:

@@ -52,6 +52,7 @@ def test_a_server_tells_its_numbers() -> None:
     assert (found.errors, found.failed, found.integrity_failures) == (2, 0, 1)
     assert found.counters == {"tokens": 8, "prompt_tokens": 6, "bytes_in": 2000, "bytes_out": 1000}
     assert (found.waiting, found.running, found.batch, found.pool_held, found.pool_wanted) == (3, 0, 4, 100, 200)
+    assert (found.workers, found.workers_usable) == (2, 1)
     assert found.cache_used == pytest.approx(54 / 64)
     assert found.parts == {"worker": 1.5, "wire": 0.5, "rest": 0.0, "sampling": 0.0}
 

@@ -79,6 +79,11 @@ def test_a_peer_that_is_away_or_not_ready_says_so_first() -> None:
     assert "not ready: it does not say why" in shown(msgspec.structs.replace(SERVER, ready=False))
 
 
+def test_a_server_of_several_workers_says_how_many_are_in_use() -> None:
+    assert "workers" not in shown(msgspec.structs.replace(SERVER, workers=1, workers_usable=1))
+    assert "1 of 3 in use" in shown(msgspec.structs.replace(SERVER, workers=3, workers_usable=1))
+
+
 def test_what_a_peer_says_is_no_markup() -> None:
     text = shown(msgspec.structs.replace(WORKER, model="[bold]x[/bold][/nothing]"))
     assert "[bold]x[/bold][/nothing]" in text
