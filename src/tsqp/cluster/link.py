@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -69,17 +70,17 @@ def connected(address: str | None) -> Iterator[str]:
     import ray  # noqa: PLC0415  of an extra, and it reads the environment
 
     try:
-        context = ray.init(
+        ray.init(
             address=address or "local",
             namespace=NAMESPACE,
             include_dashboard=None if address else False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise _explained(address, error) from error
     try:
-        yield str(context.address_info["gcs_address"])
+        yield str(ray.get_runtime_context().gcs_address)
     finally:
         ray.shutdown()
 

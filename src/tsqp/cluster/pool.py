@@ -6,7 +6,7 @@ Knows nothing of Ray: what starts members is an argument, and so is the time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -244,7 +244,7 @@ class Pool:
         return min(parties - taken, default=None) or _no_party(self.spec.dealers, parties)
 
 
-def check_apart(kind: Kind, place: Place, others: list[tuple[Kind, Place | None]]) -> None:
+def check_apart(kind: Kind, place: Place, others: Sequence[tuple[Kind, Place]]) -> None:
     """Refuse a dealer on a node of the pool's own, a worker on another party's, and both on one node.
 
     Args:
@@ -264,7 +264,7 @@ def check_apart(kind: Kind, place: Place, others: list[tuple[Kind, Place | None]
             f"a worker was placed on node {place.address} of the party {place.party}, which is for dealers: it is not "
             "started."
         )
-    beside = [other for other, where in others if where is not None and where.node == place.node and other != kind]
+    beside = [other for other, where in others if where.node == place.node and other != kind]
     if beside:
         raise PlacementError(
             f"a {kind} was placed on node {place.address} beside a {beside[0]}: together they could unmask, so it is "

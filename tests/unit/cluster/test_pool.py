@@ -114,7 +114,7 @@ def test_a_member_that_is_lost_leaves_the_directory_at_once_and_is_replaced() ->
 def test_what_never_comes_up_is_tried_again_ever_more_seldom() -> None:
     launcher = FakeLauncher()
     pool = pool_of(1, launcher)
-    tried = []
+    tried: list[int] = []
     for at in range(100):
         pool.tick(float(at))
         if len(launcher.handles) > len(tried):
