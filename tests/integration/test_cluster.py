@@ -8,18 +8,17 @@ import random
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import psutil
 import pytest
-from click.testing import Result
 from engine_answers import Answer
 from fake_engine import byte_tokenizer
 from sites import Running, until
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tsqp.cli import app
 from tsqp.config import EnclaveConfig, EngineConfig
@@ -101,17 +100,20 @@ class Pools:
     open: PoolClient
     worker_key: str
     dealer_key: str
+    own_key: str
 
 
 @pytest.fixture(scope="module")
 def pools(place: Place) -> Pools:
     (secret, worker_key), (dealer_secret, dealer_key) = place.key("worker"), place.key("dealer")
-    spec = spec_of("masked", place.packed, dealers=1, dealer_key=dealer_secret, tensor_parallel=2)
+    own_key, allowed = place.key("enclave")
+    trust = {"dealers": 1, "dealer_key": dealer_secret, "allow": (allowed,)}
+    spec = spec_of("masked", place.packed, tensor_parallel=2, **trust)
     masked = PoolClient.create(spec, Wanted(workers=2, bounds=Bounds(2, 2)))
     floats = PoolClient.create(spec_of("open", place.floats, key=secret), Wanted(workers=1, bounds=Bounds(1, 1)))
     until_at_size(masked)
     until_at_size(floats)
-    return Pools(masked, floats, worker_key, dealer_key)
+    return Pools(masked, floats, worker_key, dealer_key, own_key)
 
 
 def test_dealers_are_on_the_other_partys_node_and_workers_are_not(pools: Pools) -> None:
@@ -132,16 +134,12 @@ def running(place: Place, pools: Pools, level: str, stack: ExitStack) -> Running
     found = open_model(str(directory), level)
     model = Model(found.directory, found.architecture, byte_tokenizer(), found.packed)
     config = EnclaveConfig(level=level, connect_timeout_s=3.0, request_timeout_s=30.0)
-    engine = EngineConfig(kv_memory=1 << 20, max_queued=1 << 10)
+    engine = EngineConfig(kv_memory=1 << 20, worker_rows=2)
     if level == "open":
-        engine = EngineConfig(
-            directory=pools.open.state().directory, worker_keys=(pools.worker_key,), kv_memory=1 << 20, worker_rows=2
-        )
+        engine = replace(engine, directory=pools.open.state().directory, worker_keys=(pools.worker_key,))
     elif level == "masked":
-        config = EnclaveConfig(
-            level=level, dealer_keys=(pools.dealer_key,), connect_timeout_s=3.0, request_timeout_s=30.0
-        )
-        engine = EngineConfig(directory=pools.masked.state().directory, kv_memory=1 << 20, worker_rows=2)
+        config = replace(config, dealer_keys=(pools.dealer_key,), own_key=pools.own_key)
+        engine = replace(engine, directory=pools.masked.state().directory)
     return Running(stack.enter_context(open_engine(model, config, engine)), [])
 
 

@@ -175,8 +175,8 @@ def _up(
                 while True:
                     time.sleep(_LOOK_S)
         except BaseException:
-            if address is None or not client.state().is_at_size:
-                with suppress(TsqpError):
+            with suppress(TsqpError):
+                if address is None or not client.state().is_at_size:
                     _ended(client, spec.settle_s + spec.drain_s)
             raise
 

@@ -78,7 +78,7 @@ class PoolState:
         return len(self.members) == self.workers + self.dealers == self.ready("worker") + self.ready("dealer")
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
+@ray.remote
 class Controller:
     """Keeps a pool until it is told to close it. Of its methods each returns at once."""
 
@@ -220,6 +220,9 @@ class PoolClient:
             Controller.options(  # type: ignore[attr-defined]
                 name=_name(spec.name),
                 lifetime="detached",
+                num_cpus=0,
+                max_restarts=-1,
+                max_concurrency=4,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
             ).remote(spec, wanted)
         except ValueError as error:

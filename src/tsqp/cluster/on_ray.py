@@ -176,7 +176,7 @@ def check_room(spec: PoolSpec) -> None:
     needs = spec.resources("worker")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and not is_of_a_party(node)]
     if not any(all(node.get(name, 0) >= amount for name, amount in needs.items()) for node in nodes):
-        largest = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={})
+        largest: dict[str, float] = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={})
         have = {name: largest.get(name, 0) for name in needs}
         raise PlacementError(
             f"no node for a worker: each takes {shown(needs)} of one node; the largest of {len(nodes)} that are not "

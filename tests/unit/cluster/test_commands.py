@@ -7,8 +7,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 from workers import free_port
 
 from tsqp.cli import app
@@ -116,14 +115,14 @@ def test_a_pool_is_waited_for_until_it_is_at_size(monkeypatch: pytest.MonkeyPatc
     up = replace(COMING, members=(WORKER,))
     starting = replace(COMING, members=(replace(WORKER, phase="starting"),))
     leaving = replace(COMING, members=(WORKER, replace(WORKER, leaving=True)))
-    assert cluster._at_size(FakeClient(COMING, starting, leaving, up), 60.0) is up  # type: ignore[arg-type]
+    assert cluster._at_size(FakeClient(COMING, starting, leaving, up), 60.0) is up
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 600.0])
 def test_a_pool_that_does_not_come_up_is_given_up_with_the_reason(wait_s: float) -> None:
     failed = replace(COMING, failures=3, reasons=("the model is missing.",))
     with pytest.raises(SetupError, match=r"0 of 1 workers and 0 of 0 dealers .* ended. the model is missing"):
-        cluster._at_size(FakeClient(failed), wait_s)  # type: ignore[arg-type]
+        cluster._at_size(FakeClient(failed), wait_s)
 
 
 def raised(text: str, cause: str = "") -> Exception:

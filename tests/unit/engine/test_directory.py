@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import pytest
 
 from tsqp.cluster.publish import PATH, Publisher
 from tsqp.config import EnclaveConfig, EngineConfig
-from tsqp.engine.directory import Pins, pins, read
+from tsqp.engine.directory import MAX_LIES, Follower, Pins, pins, read
 from tsqp.engine.directory import chosen as chosen_of
-from tsqp.errors import ConfigError, ProtocolError, TransportError
+from tsqp.engine.liars import Liars
+from tsqp.errors import ConfigError, IntegrityError, ProtocolError, TransportError
 from tsqp.transport.keys import ephemeral
 from tsqp.wire import directory
 from tsqp.wire.directory import MAX_BYTES, Directory, Entry
@@ -143,6 +144,44 @@ def test_pins_are_the_keys_of_the_settings() -> None:
     assert pins(config, EngineConfig()) == Pins(frozenset({A}), ())
     config = replace(MASKED, dealer_keys=(DEALER,))
     assert pins(config, EngineConfig(worker_keys=(A, B))) == Pins(frozenset({A, B}), (DEALER,))
+
+
+@dataclass
+class FakeWorkers:
+    """Takes changes, and counts lies."""
+
+    lies: int = 0
+    liars: Liars = field(default_factory=Liars)
+    changes: list[list[str | None]] = field(default_factory=list)
+
+    def change(self, configs: tuple[EnclaveConfig, ...]) -> None:
+        self.changes.append(addresses(configs))
+
+
+def followed(path: Path, workers: FakeWorkers) -> Follower:
+    engine = EngineConfig(directory=str(path))
+    return Follower(MASKED, engine, (), workers)  # type: ignore[arg-type]
+
+
+def test_changes_are_passed_on_once(tmp_path: Path) -> None:
+    (tmp_path / "pool").write_bytes(directory.encode(of(Entry("tcp://10.0.0.1:1", A), Entry("tcp://10.0.0.2:1", B))))
+    workers = FakeWorkers()
+    workers.liars.add(replace(MASKED, worker="10.0.0.2:1"), IntegrityError("wrong."))
+    follower = followed(tmp_path / "pool", workers)
+    follower._look()
+    follower._look()
+    follower.close()
+    assert workers.changes == [["tcp://10.0.0.1:1"]]
+
+
+def test_who_names_liars_without_end_is_followed_no_more(tmp_path: Path) -> None:
+    (tmp_path / "pool").write_bytes(directory.encode(of(Entry("tcp://10.0.0.1:1", A))))
+    workers = FakeWorkers(lies=MAX_LIES + 1)
+    follower = followed(tmp_path / "pool", workers)
+    with pytest.raises(IntegrityError, match="not followed any more"):
+        follower._look()
+    follower.close()
+    assert workers.changes == []
 
 
 def test_a_directory_is_read_from_a_file(tmp_path: Path) -> None:
