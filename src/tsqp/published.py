@@ -37,8 +37,11 @@ def _serve() -> None:
         logs.set_up(config.log_level, config.log_format)
         share_cores()
         from tsqp.worker.limits import watched  # noqa: PLC0415  torch loads here
+        from tsqp.worker.ranks.follower import follow_torchrun  # noqa: PLC0415
         from tsqp.worker.startup import Progress, open_worker  # noqa: PLC0415
 
+        if follow_torchrun(config):
+            return
         limits = stack.enter_context(watched(config.memory_limit, config.max_message_bytes))
         with progress() as step:
             running = open_worker(config, Progress(notice, step))

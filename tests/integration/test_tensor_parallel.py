@@ -133,7 +133,8 @@ def test_four_ranks_give_the_bits_of_one_on_the_bundled_model_and_end_when_one_i
 
 def test_three_ranks_serve_floats_and_end_when_one_is_killed(tiny: Path, tmp_path: Path) -> None:
     """No number of rows is a multiple of three but two; the client learns that the link is lost, not of a bug."""
-    ids_BT = random_ids(2, 11)
+    ids_BT, runtime = random_ids(2, 11), Path(os.environ["XDG_RUNTIME_DIR"])
+    before = sorted(runtime.glob("tsqp-*"))
     with (
         started(tmp_path, WORKER, "--model", str(tiny), "--tensor-parallel", "3") as ranks,
         linked(ranks.url, tiny) as link,
@@ -144,6 +145,7 @@ def test_three_ranks_serve_floats_and_end_when_one_is_killed(tiny: Path, tmp_pat
         with pytest.raises(TransportError):
             model.prefill(ids_BT)
         assert ranks.ends() == RankLostError.exit_code
+    assert sorted(runtime.glob("tsqp-*")) == before, "a private directory is left"
     local_BTV = load_llama(tiny).prefill(ids_BT, all_logits=True)
     assert_same_logits(split_BTV, local_BTV, tolerance=16 * torch.finfo(torch.float32).eps)
     assert "of 3 is lost: it was killed by SIGKILL. The worker cannot go on without it" in ranks.said

@@ -106,6 +106,11 @@ def open_worker(config: WorkerConfig, progress: Progress, hangup_fd: int | None 
         SetupError: device or key missing, address in use, model missing or too large.
     """
     place = placement(config, os.environ)
+    if place.share.rank:
+        raise ConfigError(
+            f"torchrun started this process as rank {place.share.rank} of {place.share.ranks}: it can do so with "
+            "'tsqp worker' and tee_gpu/server.py only. Unset RANK and WORLD_SIZE to start it alone."
+        )
     threads = set_threads(config.threads if place.share.is_whole else place.threads(config.threads))
     device = rank_device(config.device, place.local, progress.notice)
     endpoints = tuple(parse(url) for url in config.listen) or _default_endpoints(config, progress)

@@ -120,6 +120,14 @@ def test_too_many_ranks_are_refused_before_any_is_started(tiny_llama: Path, monk
         open_worker(config, Progress(print, lambda _name, _done: None))
 
 
+def test_another_rank_is_no_worker_of_its_own(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in torchrun(1, 2, MASTER_ADDR="localhost").items():
+        monkeypatch.setenv(name, value)
+    config = WorkerConfig(model=str(tiny_llama), device="cpu", listen=("ipc:///tmp/never",))
+    with pytest.raises(ConfigError, match="torchrun started this process as rank 1 of 2: it can do so with"):
+        open_worker(config, Progress(print, lambda _name, _done: None))
+
+
 def test_only_who_knows_the_token_is_taken_in(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     listener = socket.socket(socket.AF_UNIX)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tsqp.worker.devices import device_failed
 from tsqp.worker.ranks.life import Listening, end
 from tsqp.worker.ranks.links import (
     BEATS,
+    CLOSED,
     COMMANDS,
     Channel,
     Command,
@@ -42,7 +44,6 @@ _STOP_TIMEOUT_S = 5.0
 _DYING_S = 1.0
 _LOOK_S = 0.25
 _SIGNALS = {each.value: each.name for each in signal.Signals}
-_CLOSED = "its connection closed"
 _ADVICE = "The worker cannot go on without it: start it again. What the rank said last stands above."
 
 
@@ -67,7 +68,7 @@ class Leader:
         self._stack = ExitStack()
         self._stack.callback(self._stop_children)
         try:
-            directory = self._stack.enter_context(private_socket_directory())
+            directory = self._directory = self._stack.enter_context(private_socket_directory())
             if place.launched:
                 self._meeting = meet_by_torchrun(one_machine=place.one_machine)
             else:
@@ -207,7 +208,7 @@ class Leader:
                 try:
                     channel.send(command)
                 except OSError:
-                    self._gone(rank, _CLOSED)
+                    self._gone(rank, CLOSED)
 
     def _replies(self, then: Callable[[int], None] = lambda _rank: None) -> TsqpError | None:
         """Hear all followers, do what comes ``then`` for those that did what they were told; return a failure."""
@@ -229,7 +230,7 @@ class Leader:
         try:
             return channel.reply()
         except EOFError:
-            self._gone(rank, _CLOSED)
+            self._gone(rank, CLOSED)
 
     def _carry(self, work: Callable[[], object]) -> None:
         """Do what the process group does. Where it fails, a rank is lost, and who listens knows which."""
@@ -243,7 +244,7 @@ class Leader:
     def _check_children(self) -> None:
         for rank, child in self._children.items():
             if child.poll() is not None:
-                self._gone(rank, _CLOSED)
+                self._gone(rank, CLOSED)
 
     def _gone(self, rank: int, how: str) -> NoReturn:
         self._on_lost(rank, how)
@@ -251,7 +252,8 @@ class Leader:
 
     def _on_lost(self, rank: int, how: str) -> None:
         """Note the loss of a rank, which any thread may find; end this process if it is past loading."""
-        if child := self._children.get(rank):
+        child = self._children.get(rank)
+        if child and how == CLOSED:
             with suppress(subprocess.TimeoutExpired):
                 code = child.wait(_DYING_S)
                 how = (
@@ -265,6 +267,7 @@ class Leader:
     def _end(self, error: TsqpError) -> NoReturn:
         self._ending.acquire()  # for good: only the first speaks
         self._kill_children()
+        shutil.rmtree(self._directory, ignore_errors=True)
         end(error)
 
     def _kill_children(self) -> None:

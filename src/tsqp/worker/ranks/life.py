@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from tsqp.errors import RankLostError, TsqpError
-from tsqp.worker.ranks.links import BEAT_S, SILENT_BEATS
+from tsqp.worker.ranks.links import BEAT_S, CLOSED, SILENT_BEATS
 
 _BEAT = b"."
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL | getattr(select, "POLLRDHUP", 0)
@@ -58,7 +58,7 @@ class Listening:
                     self._on_lost(rank, f"it said nothing for {SILENT_BEATS * BEAT_S:.0f} s")
                     return
                 if heard.get(rank) is False:
-                    self._on_lost(rank, "its connection closed")
+                    self._on_lost(rank, CLOSED)
                     return
 
     def _heard(self) -> dict[int, bool]:

@@ -26,6 +26,8 @@ BEATS: Final = 1
 # A follower says that it lives every BEAT_S; one that was silent for so many times is lost.
 BEAT_S: Final = 1.0
 SILENT_BEATS: Final = 10
+# What is known of a rank whose socket ends.
+CLOSED: Final = "its connection closed"
 
 _HELLO = struct.Struct(f"<{TOKEN_BYTES}sBI")
 _LENGTH = struct.Struct("<I")

@@ -62,8 +62,8 @@ class Meeting:
                 address = f"{_TCP}{host}:{listener.getsockname()[1]}"
         except OSError as error:
             raise SetupError(
-                f"rank 0 cannot listen for the other ranks ({host or directory}): {error.strerror}. Rank 0 must run on "
-                "the machine that MASTER_ADDR names."
+                f"rank 0 cannot listen for the other ranks ({host or directory}): {error.strerror or error}. "
+                "Rank 0 must run on the machine that MASTER_ADDR names."
             ) from error
         welcoming = Welcoming(listener)
         self.store.set(_TOKEN, welcoming.token.hex())
