@@ -21,6 +21,7 @@ MODULES = {
     "safetensors": "fuzz.safetensors",
     "http": "fuzz.http_api",
     "quotes": "fuzz.quotes",
+    "directory": "fuzz.directory",
 }
 HERE = Path(__file__).parent
 CORPUS, CRASHES = HERE / "corpus", HERE / "crashes"

@@ -24,6 +24,21 @@ FORBIDDEN = {
 }
 # Only a demonstration keeps and shows what a worker is sent: none of these may reach what does. ``tsqp.cli`` itself
 # lists all commands, and so imports the demonstration's.
+# Ray runs what others send it, with pickle: it stays with the pools, and no enclave knows of those.
+WITHOUT_POOLS = (
+    "tsqp.enclave",
+    "tsqp.engine",
+    "tsqp.serve",
+    "tsqp.worker",
+    "tsqp.wire",
+    "tsqp.transport",
+    "tsqp.cli.serve",
+    "tsqp.cli.prefill",
+    "tsqp.cli.generate",
+    "tsqp.prefill",
+    "tsqp.levels",
+)
+WITH_RAY = ("tsqp.cluster.controller", "tsqp.cluster.link", "tsqp.cluster.on_ray")
 SERVING = ("tsqp.worker", "tsqp.cli.serve", "tsqp.cli.worker", "tsqp.serve.app", "tsqp.engine")
 SHOWING = ("tsqp.serve.observer", "tsqp.serve.demo_worker", "tsqp.serve.demo", "tsqp.serve.view")
 # They run or build objects from data.
@@ -155,6 +170,38 @@ def test_no_worker_loads_what_the_package_gives_by_name() -> None:
     assert violations(EMPTY | imported | {"tsqp.worker.a": "import tsqp.errors", "tsqp.errors": ""}), (
         "an import that does run counts"
     )
+
+
+def with_pools(sources: Mapping[str, str], package: str) -> list[str]:
+    """List how a package's modules come to pools, or to Ray itself."""
+    graph = import_graph({name: source for name, source in sources.items() if name != "tsqp.cli.__init__"})
+    return [
+        " -> ".join(chain)
+        for module in graph
+        if inside(module, package)
+        for target, chain in paths_from(graph, module).items()
+        if inside(target, "tsqp.cluster") or uses_ray(target, sources[target])
+    ]
+
+
+def uses_ray(module: str, source: str) -> bool:
+    return any(inside(name, "ray") for name in imported_names(module, source))
+
+
+@pytest.mark.parametrize("package", WITHOUT_POOLS)
+def test_no_enclave_knows_of_pools_and_ray(package: str) -> None:
+    assert any(inside(module, package) for module in SOURCES)
+    assert with_pools(SOURCES, package) == []
+
+
+def test_ray_is_imported_by_few() -> None:
+    assert tuple(module for module, source in SOURCES.items() if uses_ray(module, source)) == WITH_RAY
+
+
+def test_pools_that_are_imported_are_found() -> None:
+    """The control."""
+    assert with_pools(SOURCES, "tsqp.cli.cluster")
+    assert with_pools({"tsqp.engine.a": "import tsqp.b", "tsqp.b": "def f():\n    import ray"}, "tsqp.engine")
 
 
 def shows(sources: Mapping[str, str], package: str) -> list[str]:

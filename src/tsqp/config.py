@@ -151,7 +151,9 @@ class EngineConfig:
     """Settings of an engine, which continues many prompts together.
 
     ``workers``: addresses, all of which are used that can be; where there are none, ``EnclaveConfig.worker``.
-    ``worker_keys`` are their public keys in the same order; none means ``EnclaveConfig.worker_key``. ``worker_rows``: a
+    ``worker_keys`` are their public keys in the same order; none means ``EnclaveConfig.worker_key``. ``directory``:
+    where a pool says which workers there are now, a URL or a file, in place of ``workers``; a worker must hold one of
+    ``worker_keys`` then, and at most ``directory_workers`` are used. ``worker_rows``: a
     step is divided over one more worker for each so many rows. ``kv_memory`` is for keys and values, in bytes.
     ``max_running``: requests that are generated together. ``max_queued``: requests of one API key that wait for room.
     ``step_tokens``: how many tokens a step computes at most, of prompts and answers together. ``default_tokens``: how
@@ -163,6 +165,8 @@ class EngineConfig:
 
     workers: tuple[str, ...] = _setting((), "TSQP_WORKERS")
     worker_keys: tuple[str, ...] = _setting((), "TSQP_WORKER_KEYS")
+    directory: str | None = _setting(None, "TSQP_DIRECTORY")
+    directory_workers: int = _setting(8, "TSQP_DIRECTORY_WORKERS", limits=(1, 64))
     worker_rows: int = _setting(16, "TSQP_WORKER_ROWS", limits=(1, 1 << 16))
     kv_memory: int = _setting(1 << 30, "TSQP_KV_MEMORY", limits=(1, 1 << 50))
     max_running: int = _setting(64, "TSQP_MAX_RUNNING", limits=(1, 1 << 16))

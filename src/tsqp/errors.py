@@ -61,6 +61,10 @@ class KeyRefusedError(SetupError):
     """A peer lets only clients in whose keys it was told, and this process holds none of them. Nothing was sent."""
 
 
+class PlacementError(SetupError):
+    """A worker or dealer of a pool has no node, or is on one where it must not be. It was not started."""
+
+
 class AbsentPeerError(SetupError):
     """Nobody listens at an address of shared memory. Where somebody did before, it may be starting again."""
 

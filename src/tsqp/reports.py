@@ -282,6 +282,48 @@ class TopReport(Struct, frozen=True, kw_only=True):
     integrity_failures: int | None
 
 
+class PoolMember(Struct, frozen=True, kw_only=True):
+    """A worker or dealer of a pool.
+
+    ``phase`` is ``placing`` while its node is looked for, ``placed``, ``starting``, ``ready`` or ``draining``.
+    ``party`` is whose node it is on, for dealers. ``url`` and ``key``, in z85, are what enclaves are told, ``pid`` and
+    ``actor_pid`` of its process and of what watches that, ``waiting`` the requests that wait there.
+    """
+
+    name: str
+    kind: Literal["worker", "dealer"]
+    phase: str
+    node: str
+    party: str
+    url: str
+    key: str | None
+    pid: int
+    actor_pid: int
+    waiting: int
+    reason: str
+
+
+class PoolReport(Struct, frozen=True, kw_only=True):
+    """``tsqp cluster``. ``address`` is of the Ray cluster, ``directory`` what enclaves are given.
+
+    ``workers`` and ``dealers`` are how many are wanted, ``workers_ready`` and ``dealers_ready`` how many can be used.
+    ``restarts`` counts members that were replaced; ``reasons`` say why members are missing, or were.
+    """
+
+    pool: str
+    address: str
+    directory: str
+    workers: int
+    workers_ready: int
+    least: int
+    most: int
+    dealers: int
+    dealers_ready: int
+    restarts: int
+    members: list[PoolMember]
+    reasons: list[str]
+
+
 class ErrorDetail(Struct, frozen=True, kw_only=True):
     """What went wrong: the error's type, its sentence, and the exit code."""
 
@@ -315,6 +357,7 @@ REPORTS = (
     TransportReport,
     AuditReport,
     TopReport,
+    PoolReport,
     ErrorReport,
 )
 

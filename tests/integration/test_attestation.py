@@ -15,6 +15,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,11 @@ def test_claims_are_the_settings_that_the_server_runs_with(tmp_path: Path) -> No
     found = claims_of(EnclaveConfig(level="open"), EngineConfig(workers=("tcp://a:1", "tcp://b:1")), "")
     assert (found.masks, found.workers, found.dealers) == ("", ("", ""), ())
     assert claims_of(EnclaveConfig(level="local"), EngineConfig(), "").workers == ()
+    # Of a directory's peers the keys that are pinned, wherever it says that they are.
+    following = replace(enclave, worker_key=None, dealers=(), masks=None)
+    found = claims_of(following, EngineConfig(directory="pool.json", worker_keys=(str(worker),)), "")
+    assert (found.masks, found.workers, found.dealers) == ("dealers", (keys[0],), (keys[1],))
+    assert claims_of(following, EngineConfig(directory="pool.json"), "").workers == ("",)
 
 
 def test_a_key_from_a_file_is_none_to_be_attested(tmp_path: Path) -> None:

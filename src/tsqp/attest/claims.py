@@ -34,7 +34,8 @@ class Claims(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         version: of TSQP.
         level: the protection level.
         masks: at `masked`, who computes mask products: ``enclave`` or ``dealers``; empty elsewhere.
-        workers: the public key of each worker, z85, in order; empty for one whose link is in clear.
+        workers: the public key of each worker, z85, in order; empty for one whose link is in clear. Of a directory's
+            workers: the keys of which each must hold one, or an empty one where any may serve, at `masked`.
         dealers: the public key of each dealer, z85, in order.
         model_digest: 64 hexadecimal digits; of a packed model, its manifest's.
     """

@@ -6,6 +6,7 @@ import typer
 
 from tsqp.cli.audit import audit
 from tsqp.cli.bench import bench
+from tsqp.cli.cluster import cluster
 from tsqp.cli.dealer import dealer
 from tsqp.cli.demo import demo
 from tsqp.cli.doctor import doctor
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 for command in (worker, dealer, prefill, generate, serve, verify, demo, top, pack, export, size, plan, audit, doctor):
     app.command()(command)
-for group in (keys, bench):
+for group in (keys, cluster, bench):
     app.add_typer(group)
 
 

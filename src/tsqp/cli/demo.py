@@ -67,10 +67,10 @@ def demo(
             raise ConfigError(
                 f"at the level {enclave.level} there is no worker to show: choose one of {', '.join(WORKER_LEVELS)}."
             )
-        if enclave.worker or enclave.worker_key or engine.workers or engine.worker_keys:
+        if enclave.worker or enclave.worker_key or engine.workers or engine.worker_keys or engine.directory:
             raise ConfigError(
                 "tsqp demo starts a worker of its own, which has no key: unset LLAMA_GPU_ENDPOINT, TSQP_WORKER_KEY, "
-                "TSQP_WORKERS and TSQP_WORKER_KEYS, or use tsqp serve."
+                "TSQP_WORKERS, TSQP_WORKER_KEYS and TSQP_DIRECTORY, or use tsqp serve."
             )
         _run(enclave, engine, served, with_browser=not no_browser)
 

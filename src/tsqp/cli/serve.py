@@ -64,6 +64,14 @@ def serve(
         list[str] | None,
         typer.Option(help="Public key of each worker, in order: NAME.key or its text.", show_default="links in clear"),
     ] = None,
+    directory: Annotated[
+        str | None,
+        typer.Option(
+            help="Where a pool says which workers and dealers there are now: http://HOST:PORT/PATH or a file. Workers "
+            "must hold one of --worker-key then; masked needs none.",
+            show_default=False,
+        ),
+    ] = None,
     worker_rows: Annotated[
         int | None,
         typer.Option(help="Several workers: use one more for each so many rows of a step.", show_default="16"),
@@ -179,6 +187,7 @@ def serve(
         engine = {
             "workers": tuple(worker) if worker else None,
             "worker_keys": tuple(worker_key) if worker_key else None,
+            "directory": directory,
             "worker_rows": worker_rows,
             "kv_memory": kv_memory,
             "max_running": max_running,
@@ -250,9 +259,12 @@ def _identity(served: ServeConfig) -> Identity | None:
 def _check_peers(enclave: EnclaveConfig, engine: EngineConfig) -> None:
     """Refuse workers and dealers that cannot work, and say what the worker and the network can read."""
     from tsqp.engine.addresses import one_each
+    from tsqp.engine.directory import pins
     from tsqp.transport.urls import parse
 
-    each = one_each(enclave, engine)
+    if engine.directory:
+        pins(enclave, engine)
+    each = () if engine.directory else one_each(enclave, engine)
     if enclave.level in _READS:
         notice(_READS[enclave.level])
         for config in each:
@@ -283,7 +295,9 @@ def _loaded(
         if identity is not None:
             identity.claim(claims_of(enclave, engine, digest_of(model, step)))
         notice(f"memory: {memory(model.architecture, enclave, engine)}.")
-        if enclave.level in WORKER_LEVELS and not engine.workers and enclave.worker is None:
+        if engine.directory:
+            pass  # its workers are met over the links that it names
+        elif enclave.level in WORKER_LEVELS and not engine.workers and enclave.worker is None:
             step("starting a worker", 0.0)
             words = ["--model", str(model.directory), "--dtype", enclave.dtype, "--threads", str(threads)]
             own = stack.enter_context(own_worker(words))

@@ -64,4 +64,4 @@ def place(config: EnclaveConfig) -> str:
 
 def shared(config: EnclaveConfig) -> EnclaveConfig:
     """Return what the settings of all workers of one engine have in common."""
-    return replace(config, worker=None, worker_key=None)
+    return replace(config, worker=None, worker_key=None, dealers=("",) * len(config.dealers))

@@ -86,8 +86,10 @@ def cache_blocks(architecture: LlamaConfig, engine: EngineConfig) -> int:
 
 
 def worker_count(config: EnclaveConfig, engine: EngineConfig) -> int:
-    """Return how many workers are given; at least 1, also where there is none or this process starts its own."""
-    return max(1, len(engine.workers)) if config.level in WORKER_LEVELS else 1
+    """Return how many workers are given, or may be by a directory; at least 1, also where it is our own."""
+    if config.level not in WORKER_LEVELS:
+        return 1
+    return engine.directory_workers if engine.directory else max(1, len(engine.workers))
 
 
 def memory(architecture: LlamaConfig, config: EnclaveConfig, engine: EngineConfig) -> Memory:

@@ -8,6 +8,7 @@ from functools import partial
 
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.addresses import one_each
+from tsqp.engine.directory import Follower, first_workers
 from tsqp.engine.loop import GenerationEngine
 from tsqp.engine.memory import mask_room, memory
 from tsqp.engine.workers import Revive, Workers
@@ -47,9 +48,10 @@ def open_engine(
     memory(model.architecture, config, settings)  # refuses what does not fit before anybody is met
     reuse = settings.reuse_prefixes or ("off" if config.level == "masked" else "on")
     with ExitStack() as stack:
+        configs = first_workers(config, settings) if settings.directory else one_each(config, settings)
         workers = Workers(
             model,
-            one_each(config, settings),
+            configs,
             partial(mask_room, model.architecture, config, settings),
             settings.worker_rows,
             on_notice,
@@ -57,8 +59,8 @@ def open_engine(
         )
         stack.enter_context(closing(workers))
         workers.open(on_step)
-        yield stack.enter_context(
-            closing(
-                GenerationEngine(workers, model.architecture, model.tokenizer, settings, reuse_prefixes=reuse == "on")
-            )
-        )
+        engine = GenerationEngine(workers, model.architecture, model.tokenizer, settings, reuse_prefixes=reuse == "on")
+        stack.enter_context(closing(engine))
+        if settings.directory:
+            stack.enter_context(closing(Follower(config, settings, configs, workers)))
+        yield engine

@@ -17,6 +17,7 @@ from tsqp.enclave.waiting import Impatient
 from tsqp.engine import notices
 from tsqp.engine.addresses import check_each, place, shared
 from tsqp.engine.health import Health
+from tsqp.engine.liars import Liars
 from tsqp.engine.memory import MaskRoom
 from tsqp.engine.replica import Replica, given_up
 from tsqp.engine.scheduler import Segment
@@ -48,6 +49,7 @@ class Workers:
 
     Attributes:
         lies: how often a worker or a dealer sent what it must not.
+        liars: who is out of use for good.
         given_up: set while nobody wants what is waited for: a worker that does not answer is given up soon then.
     """
 
@@ -67,7 +69,7 @@ class Workers:
         self.given_up, self._closing = threading.Event(), threading.Event()
         # Guards what follows, and states of replicas.
         self._lock = threading.Lock()
-        self._liars: dict[str, TsqpError] = {}
+        self.liars = Liars()
         self._replicas = [self._made(config) for config in configs]
         # Retired, and not closed yet.
         self._leaving: list[Replica] = []
@@ -302,7 +304,7 @@ class Workers:
 
     def _made(self, config: EnclaveConfig) -> Replica:
         replica = Replica(self._model, config, self._impatient)
-        replica.error = next((self._liars[name] for name in _names(config) if name in self._liars), None)
+        replica.error = self.liars.why(config)
         if replica.error is not None:
             replica.state = "lied"
         return replica
@@ -347,7 +349,7 @@ class Workers:
             if isinstance(error, HostileError):
                 self.lies += 1
                 replica.state = "lied"
-                self._liars |= dict.fromkeys(_names(replica.config), replica.error)
+                self.liars.add(replica.config, error)
         if replica.state == "lied":
             replica.close()
 
@@ -356,10 +358,12 @@ class Workers:
         together = [*self._all(), *self._leaving] if liar.config.dealers else [liar]
         with self._lock:
             self.lies += 1
+            if liar.config.dealers:
+                self.liars.add_everybody(error)
             ours = [replica for replica in together if replica is liar or replica.state != "away"]
             for replica in together:
                 replica.distrust(error)
-                self._liars |= dict.fromkeys(_names(replica.config), bare(error))
+                self.liars.add(replica.config, error)
         for replica in ours:
             replica.close()
         if self._serving():
@@ -391,8 +395,3 @@ class Workers:
         if sentence != self._told:
             self._told = sentence
             self._on_notice(sentence)
-
-
-def _names(config: EnclaveConfig) -> set[str]:
-    """Return what one that lied is known by: its place and its key."""
-    return {place(config), config.worker_key or place(config)}

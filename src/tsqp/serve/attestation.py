@@ -128,7 +128,7 @@ def claims_of(enclave: EnclaveConfig, engine: EngineConfig, model_digest: str) -
 
     Args:
         enclave: its level, mask source, dealers and single worker.
-        engine: its workers, if there are several.
+        engine: its workers, if there are several, or the keys of which those of a directory must hold one.
         model_digest: of the model that it has loaded.
 
     Raises:
@@ -136,12 +136,13 @@ def claims_of(enclave: EnclaveConfig, engine: EngineConfig, model_digest: str) -
     """
     worker_keys = engine.worker_keys or ((enclave.worker_key,) if enclave.worker_key else ())
     workers = 0 if enclave.level == "local" else len(engine.workers) or 1
+    dealers = len(enclave.dealers) or len(enclave.dealer_keys)  # of a directory's only the keys are known
     return Claims(
         version=__version__,
         level=enclave.level,
-        masks=("dealers" if enclave.dealers else "enclave") if enclave.level == "masked" else "",
+        masks=("dealers" if dealers else "enclave") if enclave.level == "masked" else "",
         workers=_public(worker_keys, workers),
-        dealers=_public(enclave.dealer_keys, len(enclave.dealers)),
+        dealers=_public(enclave.dealer_keys, dealers),
         model_digest=model_digest,
     )
 

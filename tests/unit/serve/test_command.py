@@ -18,6 +18,7 @@ from tsqp.config import EnclaveConfig, EngineConfig, ServeConfig
 from tsqp.engine.api import Engine
 from tsqp.serve.keys import read_keys
 from tsqp.serve.served_model import ServedModel
+from tsqp.transport.keys import ephemeral
 
 # The package has the command under the module's name.
 command = importlib.import_module("tsqp.cli.serve")
@@ -182,3 +183,28 @@ def test_options_reach_the_engine(command_line: Served) -> None:
         default_tokens=50,
         reuse_prefixes="off",
     )
+
+
+def test_a_directory_stands_in_for_workers(command_line: Served) -> None:
+    key = ephemeral().public.decode()
+    done = command_line.run("--directory", "pool.json", "--level", "open", "--worker-key", key)
+    assert "the worker reads every prompt" in done.stderr
+    ((enclave, engine),) = command_line.settings
+    assert (enclave.worker, engine.workers) == (None, ())
+    assert (engine.directory, engine.worker_keys) == ("pool.json", (key,))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--level", "open"], "pin the workers' keys"),
+        (["--worker", "127.0.0.1:5000"], "exclude each other"),
+        (["--masks", "dealers"], "pin their keys"),
+    ],
+)
+def test_a_directory_that_would_choose_who_is_trusted_is_refused(
+    words: list[str], problem: str, command_line: Served
+) -> None:
+    done = CliRunner().invoke(command_line.app, ["--port", "0", "--directory", "pool.json", *words])
+    assert (done.exit_code, problem in done.stderr) == (3, True)
+    assert command_line.settings == []
