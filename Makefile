@@ -65,7 +65,7 @@ bench: $(STAMP)  ## Measure prefill against the baselines (a quiet machine is ne
 # SOAK_SECONDS=60 makes it shorter; FULL=1 injects each fault 50 times, on one more server, however long that takes.
 soak: $(STAMP)  ## Inject every fault at random into real processes under load, for ten minutes (FULL=1: each 50 times).
 	$(BIN)/python benchmarks/soak_faults.py --out $(or $(SOAK_OUT),soak-faults.json) \
-	  $(if $(FULL),--times 50 --levels masked masked open,--seconds $(or $(SOAK_SECONDS),600)) $(if $(SEED),--seed $(SEED))
+	  $(if $(FULL),--times 50 --clients 3 --prefill-pause 60 --levels masked masked open,--seconds $(or $(SOAK_SECONDS),600)) $(if $(SEED),--seed $(SEED))
 
 readme: $(STAMP)  ## Rewrite README's table and picture from benchmarks/results.
 	$(BIN)/python benchmarks/readme_table.py

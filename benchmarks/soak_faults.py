@@ -43,6 +43,9 @@ def main() -> int:
         default=5.0,
         help="seconds that noticing may take beyond what is stated, on a busy machine",
     )
+    parser.add_argument(
+        "--prefill-pause", type=float, default=8.0, help="seconds between two runs of tsqp prefill beside each server"
+    )
     parser.add_argument("--seed", type=int, help="of all that is chosen; a new one by default")
     parser.add_argument("--out", type=Path, default=Path("soak-faults.json"))
     options = parser.parse_args()
@@ -51,16 +54,18 @@ def main() -> int:
     seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     seconds = options.seconds or (600.0 if options.times is None else math.inf)
-    plan = Plan(seconds, options.times, options.clients, seed, options.slack, levels=tuple(options.levels))
+    levels = tuple(options.levels)
+    plan = Plan(seconds, options.times, options.clients, seed, options.slack, options.prefill_pause, levels)
     commit = hardware.commit()
     report = soak(plan, lambda line: print(line, flush=True))
     how_much = [f"--seconds {seconds:g}"] if math.isfinite(seconds) else []
     how_much += [f"--times {options.times}"] if options.times else []
+    how_much += [f"--clients {options.clients}", f"--slack {options.slack:g}"]
+    how_much += [f"--prefill-pause {options.prefill_pause:g}", f"--seed {seed}", f"--levels {' '.join(levels)}"]
     content = {
         "date": dt.datetime.now(tz=dt.timezone.utc).date().isoformat(),
         "commit": commit,
-        "command": f"python benchmarks/soak_faults.py {' '.join(how_much)} --clients {options.clients} "
-        f"--slack {options.slack:g} --seed {seed} --levels {' '.join(options.levels)}",
+        "command": f"python benchmarks/soak_faults.py {' '.join(how_much)}",
         "hardware": msgspec.to_builtins(hardware.describe()),
         **msgspec.to_builtins(report),
     }
