@@ -31,7 +31,7 @@ from fake_engine import FakeEngine
 def open_engine(model, config, settings, *, on_step, on_notice):
     on_notice("an engine of %d bytes." % settings.kv_memory)
     yield FakeEngine()
-sys.modules["tsqp.engine.loop"] = types.SimpleNamespace(open_engine=open_engine)
+sys.modules["tsqp.engine.opening"] = types.SimpleNamespace(open_engine=open_engine)
 from tsqp.cli import main
 main()
 """

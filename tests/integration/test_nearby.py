@@ -19,7 +19,7 @@ from workers import free_port
 from tsqp.cli import app, workers
 from tsqp.config import EnclaveConfig, EngineConfig, ServeConfig
 from tsqp.enclave import connect
-from tsqp.engine import loop
+from tsqp.engine import opening
 from tsqp.launch import worker_process
 from tsqp.transport.base import ClientTransport
 from tsqp.transport.client import open_client
@@ -130,7 +130,7 @@ def test_serve_and_generate_look_for_shared_memory_too(
         opened.append((enclave, engine))
         yield
 
-    monkeypatch.setattr(loop, "open_engine", noted)
+    monkeypatch.setattr(opening, "open_engine", noted)
     monkeypatch.setattr(workers, "DEFAULT_PORT", port)
     enclave = EnclaveConfig(model=str(model), worker_key=key)
     tcp = f"localhost:{port}"

@@ -14,9 +14,9 @@ from engine_answers import Answer
 from real_serving import MODEL, Tiny, host_of, real_engine, served_engine, speaking_checkpoint
 from torch import Tensor
 
+from tsqp import loaded
 from tsqp.engine.api import Event, Generation
 from tsqp.levels import open_model
-from tsqp.loaded import Stepper
 from tsqp.serve.keys import new_key
 
 CANARY = "xyzzy-plugh-secret"
@@ -60,7 +60,7 @@ def test_a_real_engine_logs_nothing_of_a_prompt_whatever_fails(
         answer, ids = Answer(), tuple(tiny.engine._tokenizer.encode(CANARY))
         tiny.engine.submit(Generation(prompt_ids=ids, max_tokens=2), Failing(answer))
         assert answer.ended.wait(_PATIENCE_S)
-        monkeypatch.setattr(Stepper, "run", failing)
+        monkeypatch.setattr(loaded, "run_together", failing)
         events = streamed(tiny.host, CHAT, chat)
         assert events[-1]["error"]["code"] == "internal_error"
         failed = post(tiny.host, COMPLETIONS, json.dumps(body).encode())

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from tsqp.cli.generate import generate
 from tsqp.config import EngineConfig
-from tsqp.engine import loop
+from tsqp.engine import opening
 from tsqp.engine.loop import GenerationEngine
 
 
@@ -38,7 +38,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, int]]:
             settings = next(each for each in arguments if isinstance(each, EngineConfig))
             found.append((settings, self.stats().blocks_total))
 
-    monkeypatch.setattr(loop, "GenerationEngine", Noted)
+    monkeypatch.setattr(opening, "GenerationEngine", Noted)
     return found
 
 
