@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -112,8 +113,11 @@ class Command:
 
     def sockets(self) -> int:
         """Return how many of them are sockets."""
-        names = (each.readlink().name for each in Path(f"/proc/{self.pid}/fd").iterdir())
-        return sum(name.startswith("socket:") for name in names)
+        found = 0
+        for each in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                found += each.readlink().name.startswith("socket:")
+        return found
 
     def regions(self) -> int:
         """Return how many regions of clients it has mapped."""
