@@ -20,6 +20,7 @@ from sites import Running, until
 from typer.testing import CliRunner, Result
 
 from tsqp.cli import app
+from tsqp.cluster import link  # sets how Ray is used, before it is imported
 from tsqp.config import EnclaveConfig, EngineConfig
 from tsqp.engine.api import Finished
 from tsqp.engine.directory import read
@@ -38,7 +39,6 @@ pytest.importorskip("ray")
 import ray
 from ray.cluster_utils import Cluster
 
-from tsqp.cluster import link
 from tsqp.cluster.controller import MemberState, PoolClient, PoolState
 from tsqp.cluster.link import connected
 from tsqp.cluster.scaling import Bounds

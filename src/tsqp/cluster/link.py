@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +16,6 @@ NAMESPACE = "tsqp"
 LEAST_VERSION = (2, 60)
 _NEXT_MAJOR = 3
 CONNECT_S = 5.0
-# Ray's own defaults, made ours unless the environment says otherwise; it reads them when it is imported. Whoever
-# reaches a cluster without tokens runs code on its nodes. The times are those after which Ray gives an address up.
-_DEFAULTS = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_gcs_server_port_wait_time_s": "1",
-    "RAY_py_gcs_connect_timeout_s": "10",
-    "RAY_DEDUP_LOGS": "0",
-}
 
 
 def require_ray() -> str:
@@ -63,11 +53,9 @@ def connected(address: str | None) -> Iterator[str]:
         TransportError: nobody answers there.
     """
     require_ray()
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
     if address is not None:
         _knock(address)
-    import ray  # noqa: PLC0415  of an extra, and it reads the environment
+    import ray  # noqa: PLC0415  of an extra
 
     try:
         ray.init(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
@@ -29,6 +32,12 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(link, "version", absent)
     done = tsqp("up")
     assert (done.exit_code, "run 'pip install tsqp[ray]'" in done.stderr) == (3, True)
+
+
+def test_ray_asks_for_tokens_whatever_of_ours_is_imported_first() -> None:
+    asks = "from ray._raylet import AuthenticationMode as M, get_authentication_mode as m; assert m() == M.TOKEN"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    subprocess.run([sys.executable, "-c", f"import tsqp.cluster.controller; {asks}"], check=True, env=clean)
 
 
 @pytest.mark.parametrize("found", ["1.13.0", "2.9.3", "2.59.1", "3.0.0", "3.0.0rc1"])
