@@ -88,6 +88,7 @@ def measured(places: Sequence[Place], levels: Sequence[str], rounds: int, on_ste
         for done in range(rounds):
             for at, subject in enumerate(measuring):
                 on_step("measuring steps", (done + at / len(measuring)) / rounds)
+                subject.settle()
                 for point in subject.points():
                     _measure(subject, point, found)
     on_step("measuring steps", 1.0)
