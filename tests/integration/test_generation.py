@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_answers import Answer
-from transformers import AutoModelForCausalLM
+from tiny_models import reference_from
 from workers import free_port
 
 from tsqp.config import EnclaveConfig, EngineConfig
@@ -20,6 +20,7 @@ from tsqp.engine.opening import open_engine
 from tsqp.errors import TransportError
 from tsqp.launch import local_worker
 from tsqp.levels import open_model
+from tsqp.model.tokenizer import read_tokenizer
 
 PROMPTS = (
     "The capital of France is",
@@ -79,29 +80,28 @@ def generated(
 
 
 @pytest.fixture(scope="module")
-def reference(bundled_directory: Path) -> list[list[int]]:
-    """What transformers' ``generate`` continues each prompt with, greedily."""
-    model = AutoModelForCausalLM.from_pretrained(bundled_directory, dtype=torch.float32).eval()
-    tokenizer = open_model("smollm2", "local").tokenizer
-    assert tokenizer is not None
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt)])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        texts.append(out[0, ids.shape[1] :].tolist())
-    return texts
+def likeliest(bundled_directory: Path) -> Callable[[str, list[int]], list[int]]:
+    """What transformers finds likeliest after a prompt, and after each of the tokens that follow it but the last.
+
+    Where these are the tokens themselves, its greedy ``generate`` gives them too, one by one.
+    """
+    model, tokenizer = reference_from(bundled_directory), read_tokenizer(bundled_directory)
+
+    @torch.inference_mode()
+    def ask(prompt: str, ids: list[int]) -> list[int]:
+        known = tokenizer.encode(prompt)
+        logits_TV = model(torch.tensor([known + ids])).logits[0, len(known) - 1 : -1]
+        found: list[int] = logits_TV.argmax(-1).tolist()
+        return found
+
+    return ask
 
 
 @pytest.mark.parametrize("level", ["local", "open"])
-def test_greedy_tokens_are_those_of_transformers(level: str, reference: list[list[int]]) -> None:
-    assert generated(level) == reference
+def test_greedy_tokens_are_those_of_transformers(level: str, likeliest: Callable[[str, list[int]], list[int]]) -> None:
+    found = generated(level)
+    assert [len(ids) for ids in found] == [TOKENS] * len(PROMPTS)
+    assert found == [likeliest(prompt, ids) for prompt, ids in zip(PROMPTS, found, strict=True)]
 
 
 def test_packed_levels_generate_the_same_tokens() -> None:
