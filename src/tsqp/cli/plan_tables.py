@@ -58,7 +58,7 @@ def _token(report: PlanReport) -> Table:
 def _machines(report: PlanReport) -> Table:
     table = _table("machines", "")
     table.add_row("enclaves", f"{report.enclaves:,}")
-    table.add_row("hosts of enclaves", f"{report.hosts:,} ({report.per_host} enclaves each)")
+    table.add_row("hosts of enclaves", f"{report.hosts:,} ({report.per_host} on each)")
     table.add_row("memory of an enclave", _size(report.enclave_bytes))
     table.add_row("of it keys and values", _size(report.kv_bytes))
     table.add_row("workers", f"{report.workers:,} of {_gpus(report)}")
