@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -216,10 +217,18 @@ def test_members_that_are_killed_while_requests_run_cost_no_wrong_answer_and_com
 def test_who_keeps_a_pool_can_end_and_goes_on_with_the_same_members(pools: Pools) -> None:
     before = until_at_size(pools.open)
     pools.open.scale(Bounds(1, 4), 1)
+    with pytest.raises(ConfigError, match="runs already"):  # and changes nothing
+        PoolClient.create(PoolSpec(name="open"), Wanted(workers=7, bounds=Bounds(7, 7)))
     controller = ray.get_actor("tsqp-pool-open", namespace="tsqp")
     ray.kill(controller, no_restart=False)
 
-    after = until_at_size(pools.open, restarts=0)  # who is new has counted none yet
+    def is_another() -> bool:
+        with suppress(TransportError):  # it is being started
+            return pools.open.state().directory != before.directory
+        return False
+
+    until(is_another)  # whose directory has another port
+    after = until_at_size(pools.open, restarts=0)  # and who has counted none yet
     assert {each.name for each in after.members} == {each.name for each in before.members}
     assert (after.least, after.most) == (1, 4)
 
@@ -268,6 +277,17 @@ def test_what_cannot_be_is_refused_before_anything_is_started(
     assert pools.masked.state().name == "masked"
     done = tsqp(*words)
     assert (done.exit_code, problem in done.stderr) == (3, True)
+
+
+def test_a_pool_whose_directory_cannot_be_served_is_told_and_leaves_nothing(
+    place: Place, tsqp: Callable[..., Result]
+) -> None:
+    host = place.address.partition(":")[0]
+    with socket.create_server((host, 0)) as taken:
+        for _ in range(2):
+            done = tsqp("up", "--pool", "p", "--port", str(taken.getsockname()[1]))
+            assert (done.exit_code, "choose another port (--port)" in done.stderr) == (3, True)
+    assert "no pool 'p' runs" in tsqp("status", "--pool", "p").stderr
 
 
 def test_a_pool_is_scaled_and_ended(pools: Pools) -> None:

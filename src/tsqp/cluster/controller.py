@@ -191,6 +191,14 @@ def _name(pool: str) -> str:
     return f"tsqp-pool-{pool}"
 
 
+def _found(pool: str) -> ray.actor.ActorHandle[Any] | None:
+    """Return who keeps a pool; None where nobody does."""
+    try:
+        return ray.get_actor(_name(pool), namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
 class PoolClient:
     """A pool that runs, by its name, in the Ray cluster that this process is connected to.
 
@@ -199,12 +207,12 @@ class PoolClient:
     """
 
     def __init__(self, pool: str) -> None:
-        try:
-            self._actor: Any = ray.get_actor(_name(pool), namespace=NAMESPACE)
-        except ValueError as error:
+        found = _found(pool)
+        if found is None:
             raise ConfigError(
                 f"no pool {pool!r} runs in this Ray cluster: start one (tsqp cluster up), or say which (--pool)."
-            ) from error
+            )
+        self._actor: Any = found
         self._pool = pool
 
     @classmethod
@@ -212,8 +220,14 @@ class PoolClient:
         """Start a pool, kept on this node, where its directory is.
 
         Raises:
-            ConfigError: there is one of this name.
+            ConfigError: there is one of this name, which stays as it is.
+            TsqpError: who is to keep it cannot; nothing is left then.
         """
+        already = ConfigError(
+            f"the pool {spec.name!r} runs already: change it (tsqp cluster scale), or end it (tsqp cluster down)."
+        )
+        if _found(spec.name) is not None:
+            raise already
         here = ray.get_runtime_context().get_node_id()
         internal_kv._internal_kv_del(_place(spec.name), namespace=_STORE)  # noqa: SLF001  as above
         try:
@@ -226,10 +240,14 @@ class PoolClient:
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
             ).remote(spec, wanted)
         except ValueError as error:
-            raise ConfigError(
-                f"the pool {spec.name!r} runs already: change it (tsqp cluster scale), or end it (tsqp cluster down)."
-            ) from error
-        return cls(spec.name)
+            raise already from error
+        client = cls(spec.name)
+        try:
+            client.state()
+        except TsqpError:
+            client.end()
+            raise
+        return client
 
     def state(self) -> PoolState:
         """Return what there is.

@@ -1,4 +1,4 @@
-"""Members of a pool as Ray's actors, each in a placement group of its own. Of all modules this one imports Ray."""
+"""Members of a pool as Ray's actors, each in a placement group of its own."""
 
 from __future__ import annotations
 
