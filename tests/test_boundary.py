@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -172,16 +172,21 @@ def test_no_worker_loads_what_the_package_gives_by_name() -> None:
     )
 
 
-def with_pools(sources: Mapping[str, str], package: str) -> list[str]:
-    """List how a package's modules come to pools, or to Ray itself."""
+def ways(sources: Mapping[str, str], package: str, ends: Callable[[str], bool]) -> list[str]:
+    """List how a package's modules come to modules that are told apart by ``ends``."""
     graph = import_graph({name: source for name, source in sources.items() if name != "tsqp.cli.__init__"})
     return [
         " -> ".join(chain)
         for module in graph
         if inside(module, package)
         for target, chain in paths_from(graph, module).items()
-        if inside(target, "tsqp.cluster") or uses_ray(target, sources[target])
+        if ends(target)
     ]
+
+
+def with_pools(sources: Mapping[str, str], package: str) -> list[str]:
+    """List how a package's modules come to pools, or to Ray itself."""
+    return ways(sources, package, lambda name: inside(name, "tsqp.cluster") or uses_ray(name, sources[name]))
 
 
 def uses_ray(module: str, source: str) -> bool:
@@ -206,14 +211,7 @@ def test_pools_that_are_imported_are_found() -> None:
 
 def shows(sources: Mapping[str, str], package: str) -> list[str]:
     """List how a package's modules come to what shows a worker's view."""
-    graph = import_graph({name: source for name, source in sources.items() if name != "tsqp.cli.__init__"})
-    return [
-        " -> ".join(chain)
-        for module in graph
-        if inside(module, package)
-        for target, chain in paths_from(graph, module).items()
-        if target in SHOWING
-    ]
+    return ways(sources, package, SHOWING.__contains__)
 
 
 @pytest.mark.parametrize("package", SERVING)

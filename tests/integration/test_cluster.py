@@ -28,7 +28,7 @@ from tsqp.engine.directory import read
 from tsqp.engine.opening import open_engine
 from tsqp.errors import TransportError
 from tsqp.levels import Model, open_model
-from tsqp.reports import PoolReport
+from tsqp.reports import PoolMember, PoolReport
 from tsqp.transport import keys
 
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # none is written for who runs the tests
@@ -40,7 +40,7 @@ pytest.importorskip("ray")
 import ray
 from ray.cluster_utils import Cluster
 
-from tsqp.cluster.controller import MemberState, PoolClient, PoolState
+from tsqp.cluster.controller import PoolClient, PoolState
 from tsqp.cluster.link import connected
 from tsqp.cluster.scaling import Bounds
 from tsqp.cluster.spec import PARTY_LABEL, PoolSpec, Wanted
@@ -156,7 +156,7 @@ def answered(run: Running) -> list[int]:
 def kill(pool: PoolClient, kind: str, way: str, killed: set[str]) -> None:
     """End one more member without a word: its process, one of that's ranks, or its actor."""
 
-    def alive() -> list[MemberState]:
+    def alive() -> list[PoolMember]:
         members = [each for each in pool.state().members if each.kind == kind and each.phase == "ready"]
         return [each for each in members if each.name not in killed]
 

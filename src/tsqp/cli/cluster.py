@@ -12,7 +12,7 @@ import typer
 
 from tsqp.cli.reporting import notes, notice, print_json, reported
 from tsqp.errors import SetupError, TsqpError
-from tsqp.reports import PoolMember, PoolReport
+from tsqp.reports import PoolReport
 
 if TYPE_CHECKING:
     from tsqp.cluster.controller import PoolClient, PoolState
@@ -252,22 +252,7 @@ def _report(state: PoolState, joined: str) -> PoolReport:
         dealers=state.dealers,
         dealers_ready=state.ready("dealer"),
         restarts=state.restarts,
-        members=[
-            PoolMember(
-                name=each.name,
-                kind=each.kind,
-                phase="draining" if each.leaving else each.phase,
-                node=each.node,
-                party=each.party,
-                url=each.url,
-                key=each.key,
-                pid=each.pid,
-                actor_pid=each.actor_pid,
-                waiting=each.waiting,
-                reason=each.reason,
-            )
-            for each in state.members
-        ],
+        members=list(state.members),
         reasons=list(state.reasons),
     )
 

@@ -23,8 +23,9 @@ from tsqp.cluster.link import NAMESPACE
 from tsqp.cluster.pool import Member, Pool
 from tsqp.cluster.publish import Publisher
 from tsqp.cluster.scaling import Bounds
-from tsqp.cluster.spec import Kind, Phase, PoolSpec, Wanted
+from tsqp.cluster.spec import Kind, PoolSpec, Wanted
 from tsqp.errors import ConfigError, TransportError, TsqpError, bare
+from tsqp.reports import PoolMember
 from tsqp.wire import directory
 
 _log = logging.getLogger(__name__)
@@ -32,24 +33,6 @@ _log = logging.getLogger(__name__)
 _TICK_S = 0.5
 # It may be starting, on a machine that starts workers too.
 _ANSWER_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberState:
-    """A member, for display; see ``spec.Report``. ``leaving`` tells whether it has left the directory."""
-
-    name: str
-    kind: Kind
-    phase: Phase
-    leaving: bool
-    node: str
-    party: str
-    url: str
-    key: str | None
-    pid: int
-    actor_pid: int
-    waiting: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +48,12 @@ class PoolState:
     restarts: int
     failures: int
     closing: bool
-    members: tuple[MemberState, ...]
+    members: tuple[PoolMember, ...]
     reasons: tuple[str, ...]
 
     def ready(self, kind: Kind) -> int:
         """Return how many members of a kind enclaves may use."""
-        return sum(each.kind == kind and each.phase == "ready" and not each.leaving for each in self.members)
+        return sum(each.kind == kind and each.phase == "ready" for each in self.members)
 
     @property
     def is_at_size(self) -> bool:
@@ -134,7 +117,7 @@ class Controller:
                 restarts=pool.restarts,
                 failures=pool.failures(),
                 closing=pool.closing,
-                members=tuple(map(_state, pool.members.values())),
+                members=tuple(map(_shown, pool.members.values())),
                 reasons=tuple(pool.reasons()),
             )
 
@@ -169,13 +152,12 @@ def _kept(pool: str) -> Wanted | None:
     return msgspec.json.decode(stored, type=Wanted) if stored else None
 
 
-def _state(member: Member) -> MemberState:
+def _shown(member: Member) -> PoolMember:
     report, place = member.report, member.report.place
-    return MemberState(
+    return PoolMember(
         name=member.name,
         kind=member.kind,
-        phase=report.phase,
-        leaving=member.leaving_s is not None,
+        phase=report.phase if member.leaving_s is None else "draining",
         node=place.address if place else "",
         party=place.party if place else "",
         url=report.url,

@@ -10,13 +10,15 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from msgspec import structs
 from typer.testing import CliRunner, Result
 from workers import free_port
 
 from tsqp.cli import app
 from tsqp.cluster import link
-from tsqp.cluster.controller import MemberState, PoolState
+from tsqp.cluster.controller import PoolState
 from tsqp.errors import SetupError, TransportError
+from tsqp.reports import PoolMember
 
 cluster = import_module("tsqp.cli.cluster")  # in its package the name is the command's
 
@@ -103,11 +105,10 @@ COMING = PoolState(
     members=(),
     reasons=(),
 )
-WORKER = MemberState(
+WORKER = PoolMember(
     name="tsqp-default-worker-1",
     kind="worker",
     phase="ready",
-    leaving=False,
     node="10.0.0.1",
     party="",
     url="tcp://10.0.0.1:5000",
@@ -122,8 +123,8 @@ WORKER = MemberState(
 def test_a_pool_is_waited_for_until_it_is_at_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_LOOK_S", 0.0)
     up = replace(COMING, members=(WORKER,))
-    starting = replace(COMING, members=(replace(WORKER, phase="starting"),))
-    leaving = replace(COMING, members=(WORKER, replace(WORKER, leaving=True)))
+    starting = replace(COMING, members=(structs.replace(WORKER, phase="starting"),))
+    leaving = replace(COMING, members=(WORKER, structs.replace(WORKER, phase="draining")))
     assert cluster._at_size(FakeClient(COMING, starting, leaving, up), 60.0) is up
 
 
